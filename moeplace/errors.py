@@ -139,7 +139,7 @@ def unknown_name(kind: str, name: str, known: Sequence[str], *, where: str | Non
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return UnknownNameError(
         f"unknown {kind} {name!r}",
-        rule=f"a {kind} is one of {len(known)} known names",
+        rule=f"one of {len(known)} known names",
         hint=hint + "known: " + ", ".join(known),
         where=where,
     )

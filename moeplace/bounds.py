@@ -1,0 +1,116 @@
+"""Certified lower bounds on load, traffic and predicted step time.
+
+Every bound holds for every placement of the problem's experts in its slots, so the bound on a sum of terms is the sum
+of the terms' bounds. Each is tested against exact optima on small instances.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeplace.compute import ExpertCompute
+from moeplace.frozen import Floats
+from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Traffic, check_costed, exchange
+from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, LOAD, Problem
+from moeplace.topology import CUSTOM
+
+
+def load_floor(problem: Problem) -> Floats:
+    """``[layer]`` least max/mean GPU load any placement can have, copies sharing evenly.
+
+    The largest of: 1 (the mean); the hottest copy when spare slots go to copies so as to make it as small as possible;
+    and, when no slot is spare and GPUs have ``S`` slots each, the hottest expert beside the ``S-1`` coldest.
+
+    Proof sketch: some GPU holds a copy of the hottest expert, and adding the next copy where load per copy is largest
+    minimises the largest load per copy (exchange argument). With every slot filled, its GPU holds ``S-1`` others.
+    Complexity: O(layers · (slots - experts) · experts).
+    """
+    if problem.whole_model:
+        return np.ones(problem.num_layers)
+    load = problem.stats.load.astype(np.float64)
+    mean = load.sum(axis=1) / problem.num_gpus
+    spare = problem.num_slots - problem.num_experts
+    floor = hottest_copy(load, spare, int((problem.slots_per_gpu > 0).sum()))
+    if spare == 0 and (least := int(problem.slots_per_gpu.min())) > 1:
+        floor = np.maximum(floor, load.max(axis=1) + np.sort(load, axis=1)[:, : least - 1].sum(axis=1))
+    return np.maximum(1.0, floor / mean)
+
+
+def hottest_copy(load: Floats, spare: int, most_copies: int) -> Floats:
+    """``[layer]`` least possible load of the hottest copy: ``spare`` extra copies, at most ``most_copies`` of each."""
+    copies = np.ones(load.shape, np.int64)
+    layer = np.arange(len(load))
+    for _ in range(spare):
+        per_copy = np.where(copies < most_copies, load / copies, -1.0)
+        copies[layer, per_copy.argmax(axis=1)] += 1
+    hottest: Floats = (load / copies).max(axis=1)
+    return hottest
+
+
+def objective_bound(problem: Problem) -> float | None:
+    """Lower bound on the problem's objective; None where no useful one is known yet.
+
+    * ``load``: mean over layers of :func:`load_floor`;
+    * ``step-time``: :func:`step_time_bound`;
+    * ``copies``: a token's ``k`` distinct experts need at least ``⌈k/S⌉`` GPUs of ``S`` slots;
+    * ``cross``: none yet (0 is valid but says nothing).
+    """
+    if problem.objective == LOAD:
+        return float(load_floor(problem).mean())
+    if problem.objective == CROSS:
+        return None
+    if problem.objective == COPIES:
+        slots = (
+            problem.max_slots if problem.copies_level == "gpu" else problem.max_slots * problem.topology.gpus_per_node
+        )
+        whole = problem.num_layers if problem.whole_model else 1
+        return float(max(1, -(-problem.stats.meta.top_k // (slots * whole))))
+    return step_time_bound(problem)
+
+
+def step_time_bound(problem: Problem) -> float:
+    """Lower bound on the predicted step time [µs]: compute and communication bounded apart, layer by layer.
+
+    Compute: the busiest GPU does at least the mean of all, and at least the cheapest possible hottest copy. Splitting
+    an expert never lowers the total: ``r·(1-e^{-n/r})`` and ``r·E⌈n/(rτ)⌉`` grow with ``r``. Communication: the
+    busiest receiver receives at least the mean, and at least the hottest copy; normal kernels are bounded by their
+    latency.
+    """
+    check_costed(problem.topology)
+    compute = ExpertCompute.of(problem.model, problem.topology.accelerator, problem.law.phase)
+    tokens = problem.law.step_tokens
+    rows = problem.stats.selections_per_token * tokens
+    memory, arithmetic = compute.expected_copy_us(rows)
+    gpus = int((problem.slots_per_gpu > 0).sum()) or 1
+    spare = problem.num_slots - problem.num_experts
+    hottest = hottest_copy(rows, spare, gpus) if not problem.whole_model else rows.max(axis=1) / gpus
+    single = compute.expected_copy_us(hottest)
+    busiest = compute.expected_rank_us(
+        np.maximum(memory.sum(axis=1) / gpus, single[0]),
+        np.maximum(arithmetic.sum(axis=1) / gpus, single[1]),
+        tokens / problem.num_gpus,
+    )
+    return float(busiest.sum()) + _communication_bound(problem, np.maximum(rows.sum(axis=1) / gpus, hottest))
+
+
+def _communication_bound(problem: Problem, received: Floats) -> float:
+    model, topology = problem.model, problem.topology
+    kernel = KERNEL_OF_PHASE[problem.law.phase]
+    if problem.dataflow == CONTEXT_COHERENT:
+        return topology.low_latency_us * (problem.num_layers - 1)
+    recorded = problem.stats.source_load is not None
+    if (kernel != LOW_LATENCY and problem.stats.has_tokens) or recorded or topology.kind == CUSTOM:
+        latency = topology.low_latency_us if kernel == LOW_LATENCY else topology.normal_latency_us
+        return 2 * latency * problem.num_layers
+    # homes are even, so one GPU that receives this much from all others bounds the busiest port
+    gpus = problem.num_gpus
+    copies = np.zeros((len(received), gpus, gpus))
+    copies[:, :, 0] = received[:, None] / gpus
+    total = 0.0
+    for bytes_per_copy in (model.bytes_per_copy_dispatch, model.bytes_per_copy_combine):
+        times = exchange(topology, Traffic(copies=copies), kernel=LOW_LATENCY, bytes_per_copy=bytes_per_copy)
+        inward = [value for name, value in times.port_us.items() if name.endswith("in")]
+        total += float(np.max([value.max(axis=-1) for value in inward], axis=0).sum()) + times.latency_us * len(
+            received
+        )
+    return total

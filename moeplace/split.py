@@ -1,0 +1,206 @@
+"""Splits: which requests a placement is fitted on and which it is judged on.
+
+``half:SEED``, ``domain:NAME,…`` and ``time:FRACTION`` name the fit part; the test part of the same split is what it
+leaves out, so that ``solve --fit S`` and ``score --test S`` never see a common request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplace.affinity import Blocks
+from moeplace.errors import InputError, TraceError, unknown_name
+from moeplace.trace import PHASES, Counts, Trace, TraceMeta
+
+KINDS = ("half", "domain", "time")
+Part = Literal["fit", "test"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """A rule that divides requests (or, for counts, steps) into a fit part and a test part.
+
+    Attributes
+    ----------
+    kind
+        One of :data:`KINDS`.
+    seed
+        Of ``half``.
+    domains
+        Of ``domain``: the names to fit on.
+    fraction
+        Of ``time``: the share of requests, in order of first appearance, to fit on.
+    """
+
+    kind: str
+    seed: int = 0
+    domains: tuple[str, ...] = ()
+    fraction: float = 0.5
+
+    def __str__(self) -> str:
+        if self.kind == "half":
+            return f"half:{self.seed}"
+        return f"domain:{','.join(self.domains)}" if self.kind == "domain" else f"time:{self.fraction:g}"
+
+
+def parse_split(text: str) -> Split:
+    """Read ``half:SEED``, ``domain:NAME,…`` or ``time:FRACTION``."""
+    kind, _, argument = text.partition(":")
+    if kind not in KINDS:
+        raise unknown_name("split", kind, KINDS)
+    try:
+        if kind == "half":
+            seed = int(argument or 0)
+            if seed < 0:
+                raise ValueError
+            return Split(kind=kind, seed=seed)
+        if kind == "time":
+            fraction = float(argument)
+            if not 0 < fraction < 1:
+                raise ValueError
+            return Split(kind=kind, fraction=fraction)
+    except ValueError:
+        rule = "half:SEED with a whole number" if kind == "half" else "time:FRACTION with a fraction between 0 and 1"
+        raise InputError(f"split {text!r}", rule=rule, hint="for example half:0 or time:0.5") from None
+    names = tuple(name.strip() for name in argument.split(",") if name.strip())
+    if not names:
+        raise InputError(f"split {text!r}", rule="domain:NAME,… with at least one name")
+    return Split(kind=kind, domains=names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """A stream of the tokens of some requests and phase of another stream.
+
+    Attributes
+    ----------
+    source
+        The stream selected from.
+    requests
+        Sorted request numbers to keep; None keeps all.
+    phase
+        Phase number to keep; None keeps both.
+    """
+
+    source: Blocks
+    requests: npt.NDArray[np.int64] | None = None
+    phase: int | None = None
+
+    @property
+    def meta(self) -> TraceMeta:
+        """The model's shape."""
+        return self.source.meta
+
+    def blocks(self) -> Iterator[Trace]:
+        """Yield the selected tokens, block by block."""
+        for block in self.source.blocks():
+            keep = np.ones(block.num_tokens, bool)
+            if self.requests is not None:
+                keep &= np.isin(block.request, self.requests)
+            if self.phase is not None:
+                keep &= block.phase == self.phase
+            if keep.all():
+                yield block
+            elif keep.any():
+                yield block.take(keep)
+
+
+def select(
+    source: Blocks | Counts, *, split: Split | None = None, part: Part = "fit", phase: str | None = None
+) -> Blocks | Counts:
+    """Return one part of a split, of one phase or both.
+
+    Raises
+    ------
+    InputError
+        The split needs what the trace does not have (domains, at least two requests), or the part is empty.
+    """
+    if isinstance(source, Counts):
+        return _select_counts(source, split, part, phase)
+    if phase is not None and phase not in PHASES:
+        raise unknown_name("phase", phase, PHASES)
+    number = None if phase is None else PHASES.index(phase)
+    if split is None:
+        return source if number is None else Selection(source=source, phase=number)
+    requests = _fit_requests(source, split)
+    everything = _all_requests(source)
+    chosen = requests if part == "fit" else np.setdiff1d(everything, requests)
+    _check_part(chosen, split, part)
+    return Selection(source=source, requests=chosen, phase=number)
+
+
+def _check_part(chosen: npt.NDArray[Any], split: Split, part: Part) -> None:
+    if len(chosen) == 0:
+        raise InputError(f"the {part} part of {split} is empty", hint="use another split or a trace with more requests")
+
+
+def _all_requests(source: Blocks) -> npt.NDArray[np.int64]:
+    seen = [np.unique(block.request) for block in source.blocks()]
+    return np.unique(np.concatenate(seen)) if seen else np.zeros(0, np.int64)
+
+
+def _fit_requests(source: Blocks, split: Split) -> npt.NDArray[np.int64]:
+    if split.kind == "half":
+        return first_half(_all_requests(source), split.seed)
+    if split.kind == "time":
+        order = _by_first_appearance(source)
+        return np.sort(order[: int(len(order) * split.fraction)])
+    numbers = _domain_numbers(source.meta, split)
+    chosen: list[npt.NDArray[np.int64]] = []
+    for block in source.blocks():
+        if block.domain is None:
+            raise TraceError(
+                "the trace records no domains", rule=f"{split} needs a domain per token", hint="use half:0"
+            )
+        chosen.append(np.unique(block.request[np.isin(block.domain, numbers)]))
+    return np.unique(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
+
+
+def first_half(values: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
+    """The fit half: the first half (rounded down) of a seeded permutation of the distinct values, sorted."""
+    distinct = np.unique(values)
+    return np.sort(np.random.default_rng(seed).permutation(distinct)[: len(distinct) // 2])
+
+
+def _by_first_appearance(source: Blocks) -> npt.NDArray[np.int64]:
+    seen: dict[int, None] = {}
+    for block in source.blocks():
+        names, first = np.unique(block.request, return_index=True)
+        seen.update(dict.fromkeys(names[np.argsort(first)].tolist()))
+    return np.array(list(seen), np.int64)
+
+
+def _domain_numbers(meta: TraceMeta, split: Split) -> list[int]:
+    for name in split.domains:
+        if name not in meta.domains:
+            raise (
+                unknown_name("domain", name, meta.domains)
+                if meta.domains
+                else TraceError(f"domain {name!r}", rule="the trace names its domains", hint="use half:0 or time:0.5")
+            )
+    return [meta.domains.index(name) for name in split.domains]
+
+
+def _select_counts(counts: Counts, split: Split | None, part: Part, phase: str | None) -> Counts:
+    if phase is not None:
+        raise InputError(f"--phase {phase} on counts", rule="counts do not record phases", hint="leave the phase out")
+    if split is None:
+        return counts
+    steps = np.arange(counts.num_steps)
+    if split.kind == "half":
+        fit = first_half(steps, split.seed)
+    elif split.kind == "time":
+        fit = steps[: int(len(steps) * split.fraction)]
+    else:
+        numbers = _domain_numbers(counts.meta, split)
+        if counts.domain is None:
+            raise TraceError("the counts record no domains", rule=f"{split} needs a domain per step", hint="use half:0")
+        fit = steps[np.isin(counts.domain, numbers)]
+    chosen = fit if part == "fit" else np.setdiff1d(steps, fit)
+    _check_part(chosen, split, part)
+    return counts.take(chosen)
