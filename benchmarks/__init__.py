@@ -1,0 +1,1 @@
+"""Speed, memory and quality against the project's targets: ``make bench`` prints one table."""
