@@ -1,0 +1,87 @@
+"""Decide where the experts of a Mixture-of-Experts model live, with a proof of how far from optimal.
+
+The whole command line is a few calls of this package::
+
+    trace = moeplace.read_trace("trace.jsonl")
+    fit, test = (moeplace.select(trace, split=moeplace.parse_split("half:0"), part=p) for p in ("fit", "test"))
+    problem = moeplace.build_problem(fit, topology="scale-out:2x8", model="deepseek-v3")
+    solution = moeplace.solve(problem, "eplb")
+    scores = moeplace.score(test, {"mine": solution.placement}, problem.topology, problem.model)
+    moeplace.write(problem, solution, "placement.json")
+
+Names are imported when first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moeplace.affinity import RoutingStats as RoutingStats
+    from moeplace.affinity import count_routing as count_routing
+    from moeplace.batches import BatchLaw as BatchLaw
+    from moeplace.build import Choices as Choices
+    from moeplace.build import build_problem as build_problem
+    from moeplace.errors import MoeplaceError as MoeplaceError
+    from moeplace.exporters import read_placement as read_placement
+    from moeplace.exporters import write as write
+    from moeplace.hardware import Accelerator as Accelerator
+    from moeplace.hardware import load_accelerator as load_accelerator
+    from moeplace.model import ModelSpec as ModelSpec
+    from moeplace.model import load_model as load_model
+    from moeplace.placement import Placement as Placement
+    from moeplace.problem import Problem as Problem
+    from moeplace.readers import open_trace as open_trace
+    from moeplace.readers import read_trace as read_trace
+    from moeplace.scoring import Score as Score
+    from moeplace.scoring import score as score
+    from moeplace.solution import Limits as Limits
+    from moeplace.solution import Report as Report
+    from moeplace.solution import Solution as Solution
+    from moeplace.solvers import list_solvers as list_solvers
+    from moeplace.solvers import solve as solve
+    from moeplace.split import parse_split as parse_split
+    from moeplace.split import select as select
+    from moeplace.topology import Topology as Topology
+    from moeplace.topology import load_topology as load_topology
+    from moeplace.trace import Counts as Counts
+    from moeplace.trace import Trace as Trace
+    from moeplace.trace import TraceMeta as TraceMeta
+    from moeplace.writers import write_trace as write_trace
+
+_HOMES = {
+    "affinity": ("RoutingStats", "count_routing"),
+    "batches": ("BatchLaw",),
+    "build": ("Choices", "build_problem"),
+    "errors": ("MoeplaceError",),
+    "exporters": ("read_placement", "write"),
+    "hardware": ("Accelerator", "load_accelerator"),
+    "model": ("ModelSpec", "load_model"),
+    "placement": ("Placement",),
+    "problem": ("Problem",),
+    "readers": ("open_trace", "read_trace"),
+    "scoring": ("Score", "score"),
+    "solution": ("Limits", "Report", "Solution"),
+    "solvers": ("list_solvers", "solve"),
+    "split": ("parse_split", "select"),
+    "topology": ("Topology", "load_topology"),
+    "trace": ("Counts", "Trace", "TraceMeta"),
+    "writers": ("write_trace",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("moeplace")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'moeplace' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"moeplace.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

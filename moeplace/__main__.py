@@ -1,0 +1,5 @@
+"""``python -m moeplace``."""
+
+from moeplace.cli import main
+
+main()

@@ -1,0 +1,56 @@
+"""From option values to the library's inputs, shared by commands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from moeplace.affinity import Blocks
+    from moeplace.build import Choices
+    from moeplace.trace import Counts
+
+
+def open_source(trace: str, options: dict[str, Any], *, split: str | None = None, part: str = "fit") -> Blocks | Counts:
+    """Open a trace and select the part and phase the options name; warnings go to standard error."""
+    from moeplace.model import load_model
+    from moeplace.readers import open_trace
+    from moeplace.split import parse_split, select
+
+    rule = parse_split(split) if split else None
+    model = load_model(options["model"]) if options.get("model") else None
+    source = open_trace(trace, model=model, format=options.get("input_format"), skip_bad=options.get("skip_bad", 0))
+    return select(source, split=rule, part="test" if part == "test" else "fit", phase=options.get("phase"))
+
+
+def choices_of(options: dict[str, Any]) -> Choices:
+    """Collect what the options say about a problem."""
+    from moeplace.build import Choices
+    from moeplace.exporters import read_placement
+
+    baseline = read_placement(options["baseline"]).placement if options.get("baseline") else None
+    return Choices(
+        model=options.get("model"),
+        topology=options.get("topology"),
+        accelerator=options.get("accelerator"),
+        num_gpus=options.get("num_gpus"),
+        redundant=options.get("num_redundant_experts"),
+        slots_per_gpu=options.get("slots_per_gpu"),
+        dataflow=options["dataflow"],
+        objective=options.get("objective") or "step-time",
+        copies_level=options.get("copies_level") or "gpu",
+        whole_model=options.get("equal_experts") == "model",
+        load_cap=options.get("load_cap"),
+        phase=options.get("phase"),
+        batch_requests=options.get("batch_requests"),
+        batch_tokens=options.get("batch_tokens"),
+        baseline=baseline,
+    )
+
+
+def warn(sentences: tuple[str, ...], *, quiet: bool) -> None:
+    """Write sentences the user should read to standard error."""
+    if not quiet:
+        for sentence in sentences:
+            click.echo(f"note: {sentence}", err=True)

@@ -1,0 +1,80 @@
+"""``moeplace stats`` and ``moeplace convert``: what a trace says, and traces in other formats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from moeplace.cli.inputs import choices_of, open_source, warn
+from moeplace.cli.options import common, hardware, option, trace_input
+
+STATS_EPILOG = """\b
+Examples:
+  moeplace stats trace.npz
+  moeplace stats trace.jsonl.zst --phase decode --num-gpus 16 --json
+"""
+CONVERT_EPILOG = """\b
+Examples:
+  moeplace convert trace.jsonl.gz trace.npz
+  moeplace convert trace.npz decode.jsonl.zst --phase decode
+  moeplace convert trace.npz test.npz --part half:0 --keep test
+"""
+
+
+@click.command("stats", epilog=STATS_EPILOG)
+@trace_input
+@hardware
+@option("--phase", type=click.Choice(["prefill", "decode"]), help="Use only tokens of this phase.")
+@option("--fit", help="Use the fit part of a split: half:SEED, domain:NAME,… or time:FRACTION.")
+@common
+def stats_command(trace: str, fit: str | None, **options: Any) -> None:
+    """Show what a routing trace says.
+
+    Per layer: how skewed the load is, over experts and over GPUs when experts are placed contiguously, and what share
+    of the transitions to the next layer the busiest fifth of expert pairs holds, beside what popularity alone would
+    give.
+    """
+    from moeplace.affinity import count_routing
+    from moeplace.build import topology_for
+    from moeplace.report import stats_tables, write_json
+    from moeplace.summary import summarise_trace
+
+    source = open_source(trace, options, split=fit)
+    stats = count_routing(source, threads=options["threads"])
+    topology = topology_for(choices_of(options | {"dataflow": "dispatch-combine"}), stats)
+    summary = summarise_trace(stats, topology.num_gpus)
+    if options["as_json"]:
+        write_json(summary.to_dict())
+        return
+    warn(source.meta.assumptions, quiet=options["quiet"])
+    kind = "tokens" if stats.has_tokens else "tokens (counts only: load can be optimised, affinity cannot be seen)"
+    stats_tables(
+        summary,
+        {
+            "trace": f"{stats.num_tokens:,} {kind}",
+            "requests": f"{stats.num_requests:,}" if stats.num_requests else "unknown",
+            "experts": f"{stats.meta.num_layers} MoE layers × {stats.meta.num_experts}, top-{stats.meta.top_k}",
+            "digest": stats.trace_digest[:16],
+        },
+    )
+
+
+@click.command("convert", epilog=CONVERT_EPILOG)
+@trace_input
+@click.argument("output", type=click.Path(allow_dash=True))
+@option("--phase", type=click.Choice(["prefill", "decode"]), help="Keep only tokens of this phase.")
+@option("--part", help="Keep a part of a split: half:SEED, domain:NAME,… or time:FRACTION.")
+@option("--keep", type=click.Choice(["fit", "test"]), default="fit", help="Which part of the split to keep.")
+@option("--to", "output_format", type=click.Choice(["jsonl", "npz"]), help="Output format; default: by the name.")
+@common
+def convert_command(trace: str, output: str, part: str | None, keep: str, **options: Any) -> None:
+    """Turn a trace into native npz (fast) or JSONL (readable), or a part of it.
+
+    OUTPUT ends in .npz, .jsonl, .jsonl.gz or .jsonl.zst; the same input always gives the same bytes.
+    """
+    from moeplace.writers import write_trace
+
+    source = open_source(trace, options, split=part, part=keep)
+    write_trace(source, output, format=options["output_format"])
+    warn(source.meta.assumptions, quiet=options["quiet"])

@@ -1,0 +1,186 @@
+"""The native placement file, ``moeplace/placement/1``: slots, what they were judged by, and where they come from.
+
+JSON with sorted keys and fixed precision, one line per layer, and nothing that differs between two equal runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import IO, Any
+
+from moeplace.errors import InputError, Location, PlacementError
+from moeplace.objective import Term
+from moeplace.placement import EMPTY, Placement
+from moeplace.problem import Problem
+from moeplace.solution import Limits, Solution, Stage
+
+DESCRIPTION = "moeplace's own JSON, with bound, terms and provenance"
+SCHEMA = "moeplace/placement/1"
+DIGITS = 9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementFile:
+    """A placement and what its file says about it.
+
+    Attributes
+    ----------
+    placement
+        The slots.
+    layer_ids
+        One id per MoE layer.
+    details
+        Every other key of the document, as JSON values.
+    """
+
+    placement: Placement
+    layer_ids: tuple[int, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def document_of(problem: Problem, solution: Solution, limits: Limits | None = None) -> PlacementFile:
+    """Collect what the native file says about a solution.
+
+    Raises
+    ------
+    PlacementError
+        The solution has no placement.
+    """
+    if solution.placement is None:
+        raise PlacementError(f"{solution.solver} found no placement", rule="only a placement can be written")
+    limits = limits or Limits()
+    meta = problem.stats.meta
+    details = {
+        "schema": SCHEMA,
+        "model": {
+            "name": problem.model.name,
+            "num_moe_layers": meta.num_layers,
+            "num_experts": meta.num_experts,
+            "top_k": meta.top_k,
+        },
+        "topology": {
+            "name": problem.topology.name,
+            "num_nodes": problem.topology.num_nodes,
+            "num_gpus": problem.num_gpus,
+            "digest": problem.topology.digest(),
+        },
+        "batch": {"phase": problem.law.phase, "requests": problem.law.requests, "tokens": problem.law.tokens},
+        "dataflow": problem.dataflow,
+        "routing": "even",
+        "objective": {"name": problem.objective, "value": _round(solution.objective), "unit": solution.unit},
+        "bound": _round(solution.bound),
+        "gap": _round(solution.gap),
+        "status": str(solution.status),
+        "stop_reason": str(solution.stop_reason),
+        "terms": {name: _term(term) for name, term in solution.terms.items()},
+        "stages": [_stage(stage) for stage in solution.stages],
+        "notes": list(solution.notes),
+        "provenance": {
+            "version": metadata.version("moeplace"),
+            "trace_digest": problem.stats.trace_digest,
+            "solver": solution.solver,
+            "seed": solution.seed,
+            "limits": {"time_limit_s": limits.time_limit_s, "gap": limits.gap, "work": limits.work},
+            "options": dict(sorted(limits.options.items())),
+        },
+    }
+    return PlacementFile(placement=solution.placement, layer_ids=meta.layer_ids, details=details)
+
+
+def write(document: PlacementFile, file: IO[bytes]) -> None:
+    """Write the native JSON."""
+    fields = {"schema": SCHEMA, **document.details}
+    fields["layer_ids"] = list(document.layer_ids)
+    fields.setdefault("model", {})
+    lines = ["{"]
+    for name in sorted([*fields, "slots"]):
+        if name == "slots":
+            rows = ",\n  ".join(_compact(layer) for layer in ragged(document.placement))
+            lines.append(f' "slots": [\n  {rows}\n ],')
+        else:
+            lines.append(f" {json.dumps(name)}: {_compact(fields[name])},")
+    lines[-1] = lines[-1].removesuffix(",")
+    file.write(("\n".join([*lines, "}"]) + "\n").encode())
+
+
+def ragged(placement: Placement) -> list[list[list[int]]]:
+    """``[layer][GPU][slot]`` lists; slots beyond a GPU's last used one in every layer are left out."""
+    widths = (placement.slots != EMPTY).any(axis=0)
+    last = [int(used.nonzero()[0].max(initial=-1)) + 1 for used in widths]
+    return [[gpu[: last[g]] for g, gpu in enumerate(layer)] for layer in placement.to_lists()]
+
+
+def sniff(head: bytes) -> bool:
+    """Whether a file starts like a native placement."""
+    return head.lstrip().startswith(b"{") and (b"moeplace/placement/" in head or b'"slots"' in head)
+
+
+def read(data: bytes, name: str) -> PlacementFile:
+    """Read the native JSON.
+
+    Raises
+    ------
+    InputError, PlacementError
+        Not JSON, another schema, a missing key, or slots that break a rule; the message names the place.
+    """
+    try:
+        document = json.loads(data)
+    except ValueError as error:
+        where = Location(file=name, line=getattr(error, "lineno", None), column=getattr(error, "colno", None))
+        raise InputError(f"not JSON: {error}", rule="a placement file is a JSON object", where=where) from error
+    schema = document.get("schema", SCHEMA) if isinstance(document, dict) else None
+    if schema != SCHEMA:
+        raise InputError(f"schema {schema!r}", rule=f"this version reads {SCHEMA}", where=name)
+    slots, model = document.get("slots"), document.get("model")
+    experts = model.get("num_experts") if isinstance(model, dict) else None
+    if not _is_nested_ints(slots) or type(experts) is not int:
+        raise InputError(
+            "slots or model.num_experts is missing or of the wrong type",
+            rule="slots are lists of integers [layer][GPU][slot], num_experts an integer",
+            where=name,
+        )
+    try:
+        placement = Placement.from_lists(slots, experts)
+    except PlacementError as error:
+        raise PlacementError(error.what, rule=error.rule, hint=error.hint, where=name) from error
+    layer_ids = tuple(document.get("layer_ids") or range(placement.num_layers))
+    if len(layer_ids) != placement.num_layers:
+        raise InputError(f"{len(layer_ids)} layer ids", rule=f"slots have {placement.num_layers} layers", where=name)
+    details = {key: value for key, value in document.items() if key not in ("slots", "layer_ids")}
+    return PlacementFile(placement=placement, layer_ids=layer_ids, details=details)
+
+
+def _is_nested_ints(slots: Any) -> bool:
+    return isinstance(slots, list) and all(
+        isinstance(layer, list)
+        and all(isinstance(gpu, list) and all(type(expert) is int for expert in gpu) for gpu in layer)
+        for layer in slots
+    )
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _term(term: Term) -> dict[str, Any]:
+    shown = {"value": _round(term.value), "unit": term.unit}
+    return shown if term.bound is None else shown | {"bound": _round(term.bound)}
+
+
+def _stage(stage: Stage) -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "objective": _round(stage.objective),
+        "bound": _round(stage.bound),
+        "gap": _round(stage.gap),
+        "unit": stage.unit,
+        "status": str(stage.status),
+        "stop_reason": str(stage.stop_reason),
+    }
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(float(value), DIGITS)
