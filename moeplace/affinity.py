@@ -7,9 +7,10 @@ each of the ``k·k`` entries ``transition[l, e, f]``, and 1 to each of the ``k·
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,20 +18,10 @@ import numpy.typing as npt
 from moeplace.counting import PairCounter
 from moeplace.errors import ProblemError, TraceError
 from moeplace.frozen import digest, frozen_array, replaced, seal
-from moeplace.trace import PHASES, Counts, Trace, TraceDigest, TraceMeta, concatenate
+from moeplace.trace import PHASES, Counts, Trace, TraceDigest, TraceMeta, TraceStream, concatenate
 
 DEFAULT_SAMPLE_TOKENS = 200_000
-
-
-class Blocks(Protocol):
-    """Anything that yields blocks of tokens: a trace, a stream, a selection of one."""
-
-    @property
-    def meta(self) -> TraceMeta:
-        """The model's shape."""
-
-    def blocks(self) -> Iterable[Trace]:
-        """Yield consecutive blocks."""
+MAX_SOURCE_RANKS = 1024  # a table of every rank's load stays small; larger rank numbers are not ranks of one engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +45,8 @@ class RoutingStats:
     step_load
         ``[step, layer, expert]`` recorded counts per step, for counts only.
     source_load
-        ``[rank, layer, expert]`` selections by the rank that held the request, when the trace records ranks.
+        ``[rank, layer, expert]`` selections by the rank that held the request, when the trace records ranks (all
+        below :data:`MAX_SOURCE_RANKS`).
     trace_digest
         Sha256 of the tokens or counts these statistics come from.
     """
@@ -121,7 +113,7 @@ class RoutingStats:
 
 
 def count_routing(
-    source: Blocks | Counts, *, sample_tokens: int = DEFAULT_SAMPLE_TOKENS, seed: int = 0, threads: int = 1
+    source: TraceStream | Counts, *, sample_tokens: int = DEFAULT_SAMPLE_TOKENS, seed: int = 0, threads: int = 1
 ) -> RoutingStats:
     """Count a trace, block by block.
 
@@ -130,7 +122,7 @@ def count_routing(
     source
         A trace, a stream, a selection, or counts.
     sample_tokens
-        Most tokens kept for token-level terms (copies); a uniform sample beyond it.
+        Most tokens kept for token-level terms (copies), at least 1; a uniform sample beyond it.
     seed
         Of the sample only; the counts are exact.
     threads
@@ -143,12 +135,14 @@ def count_routing(
     """
     if isinstance(source, Counts):
         return _from_counts(source)
+    if sample_tokens < 1:
+        raise ProblemError(f"a sample of {sample_tokens} tokens", rule="at least 1")
     meta = source.meta
     counter = PairCounter(meta.num_layers, meta.num_experts, threads=threads)
     sampler = TokenSampler(sample_tokens, seed)
     hasher, requests, sources = TraceDigest(), _DistinctValues(), _SourceLoad(meta)
     tokens = 0
-    for block in source.blocks():
+    for block in _read_ahead(source) if threads > 1 else source.blocks():
         if block.num_tokens == 0:
             continue
         counter.add(block.experts)
@@ -176,7 +170,17 @@ def count_routing(
     )
 
 
-def load_by_phase(source: Blocks) -> npt.NDArray[np.int64]:
+def _read_ahead(source: TraceStream) -> Iterator[Trace]:
+    """Yield the blocks of a source, the next one being read while the last one is counted."""
+    blocks = iter(source.blocks())
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(next, blocks, None)
+        while (block := following.result()) is not None:
+            following = reader.submit(next, blocks, None)
+            yield block
+
+
+def load_by_phase(source: TraceStream) -> npt.NDArray[np.int64]:
     """``[phase, layer, expert]`` selections, phases in the order of ``trace.PHASES``."""
     meta = source.meta
     table = np.zeros((len(PHASES), meta.num_layers, meta.num_experts), np.int64)
@@ -185,7 +189,7 @@ def load_by_phase(source: Blocks) -> npt.NDArray[np.int64]:
     return table
 
 
-def load_by_request(source: Blocks) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def load_by_request(source: TraceStream) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Request numbers ``[request]``, sorted, and their loads ``[request, layer, expert]``.
 
     Memory: 8 bytes · requests · layers · experts.
@@ -274,13 +278,13 @@ class _SourceLoad:
         self._table: npt.NDArray[np.int64] | None = np.zeros((0, meta.num_layers, meta.num_experts), np.int64)
 
     def add(self, block: Trace) -> None:
-        if block.rank is None or self._table is None or block.rank.min() < 0:
+        ranks = block.rank
+        if ranks is None or self._table is None or ranks.min() < 0 or ranks.max() >= MAX_SOURCE_RANKS:
             self._table = None
             return
-        ranks = max(len(self._table), int(block.rank.max()) + 1)
-        grown = np.zeros((ranks, *self._table.shape[1:]), np.int64)
+        grown = np.zeros((max(len(self._table), int(ranks.max()) + 1), *self._table.shape[1:]), np.int64)
         grown[: len(self._table)] = self._table
-        self._table = grown + grouped_load(block, block.rank, ranks)
+        self._table = grown + grouped_load(block, ranks, len(grown))
 
     def result(self) -> npt.NDArray[np.int64] | None:
         return self._table

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplace.affinity import Blocks
 from moeplace.errors import InputError
 from moeplace.frozen import replaced
-from moeplace.trace import DECODE, PHASES, PREFILL, Trace, concatenate
+from moeplace.trace import DECODE, PHASES, PREFILL, Trace, TraceStream, concatenate
 
 DEFAULT_REQUESTS = {DECODE: 256, PREFILL: 64}
 DEFAULT_PREFILL_TOKENS = 128
@@ -76,9 +75,9 @@ class TokenIndex:
     position: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, source: Blocks) -> TokenIndex:
+    def of(cls, source: TraceStream) -> TokenIndex:
         """Read the columns of a stream. Memory: 17 bytes a token."""
-        blocks = [(block.request, block.phase, block.position) for block in source.blocks()]
+        blocks = [(block.request, block.phase, block.position) for block in source.blocks() if block.num_tokens]
         if not blocks:
             raise InputError("no tokens", rule="a trace holds at least one token", hint="the selection may be empty")
         request, phase, position = (np.concatenate(column) for column in zip(*blocks, strict=True))
@@ -141,7 +140,7 @@ def draw(index: TokenIndex, law: BatchLaw) -> npt.NDArray[np.int64]:
     return picked
 
 
-def gather(source: Blocks, token_numbers: npt.NDArray[Any]) -> tuple[Trace, npt.NDArray[np.int64]]:
+def gather(source: TraceStream, token_numbers: npt.NDArray[Any]) -> tuple[Trace, npt.NDArray[np.int64]]:
     """Read only the named tokens of a stream: a trace of the distinct ones, and each number's row in it.
 
     Complexity: one pass over the stream; memory of the tokens asked for.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moeplace.affinity import Blocks, RoutingStats, count_routing
+from moeplace.affinity import RoutingStats, count_routing
 from moeplace.errors import InputError, ProblemError, UnknownNameError
 from moeplace.frozen import Floats, Ints
 from moeplace.metrics import max_over_mean
@@ -18,7 +18,7 @@ from moeplace.problem import DISPATCH_COMBINE, STEP_TIME, Problem, slots_for
 from moeplace.scoring import law_for
 from moeplace.solvers.eplb import balance_global
 from moeplace.topology import Topology, load_topology
-from moeplace.trace import Counts, TraceMeta
+from moeplace.trace import Counts, TraceMeta, TraceStream
 
 DEFAULT_GPUS = 8
 
@@ -60,7 +60,9 @@ class Choices:
     baseline: Placement | None = None
 
 
-def build_problem(source: Blocks | Counts, choices: Choices | None = None, *, threads: int = 1, **more: Any) -> Problem:
+def build_problem(
+    source: TraceStream | Counts, choices: Choices | None = None, *, threads: int = 1, **more: Any
+) -> Problem:
     """Count a trace and set up the problem it poses.
 
     Parameters

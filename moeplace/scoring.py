@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moeplace.affinity import Blocks, RoutingStats, count_routing
+from moeplace.affinity import RoutingStats, count_routing
 from moeplace.batches import BatchLaw, TokenIndex, default_law, draw, gather
 from moeplace.errors import InputError, ProblemError
 from moeplace.frozen import Floats
@@ -19,7 +19,7 @@ from moeplace.problem import DATAFLOWS, DISPATCH_COMBINE
 from moeplace.simulate import Simulation, Steps, check_shapes, simulate, simulate_counts
 from moeplace.tails import Estimate
 from moeplace.topology import Topology
-from moeplace.trace import Counts
+from moeplace.trace import Counts, TraceStream
 
 SCHEMA = "moeplace/score/1"
 PREFILL_FROM_TOKENS_PER_GPU = 128
@@ -84,7 +84,7 @@ class Score:
 
 
 def score(
-    source: Blocks | Counts,
+    source: TraceStream | Counts,
     placements: Mapping[str, Placement],
     topologies: Topology | Sequence[Topology],
     model: ModelSpec,
@@ -145,7 +145,7 @@ def score(
     return tuple(scores)
 
 
-def draw_steps(source: Blocks, index: TokenIndex, law: BatchLaw) -> Steps:
+def draw_steps(source: TraceStream, index: TokenIndex, law: BatchLaw) -> Steps:
     """Draw the steps of a law from a stream and read their tokens."""
     trace, rows = gather(source, draw(index, law))
     return Steps(trace=trace, rows=rows, law=law)
@@ -161,7 +161,7 @@ def counts_law(counts: Counts, num_gpus: int, phase: str | None = None) -> Batch
     return BatchLaw(phase=phase or guessed, requests=tokens, tokens=1, batches=counts.num_steps)
 
 
-def law_for(source: Blocks | Counts, num_gpus: int, **options: Any) -> BatchLaw:
+def law_for(source: TraceStream | Counts, num_gpus: int, **options: Any) -> BatchLaw:
     """Return the batch law of a trace: ``phase`` (default: decode where the trace has it), ``requests``, ``tokens``."""
     if isinstance(source, Counts):
         return counts_law(source, num_gpus, options.get("phase"))

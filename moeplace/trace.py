@@ -18,9 +18,12 @@ from moeplace.frozen import digest, frozen_array, replaced, seal
 
 PREFILL, DECODE = 0, 1
 PHASES = ("prefill", "decode")
+COLUMNS = ("experts", "request", "position", "phase", "step", "rank", "domain")
 
 IntArray: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 BLOCK_BYTES = 8 << 20
+SCHEMA = "moeplace/trace/1"
+MAX_EXPERTS = 32_767  # ids are kept in 16 bits, a placement's signed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,8 @@ class TraceMeta:
             raise TraceError(
                 f"top-k {self.top_k} of {self.num_experts} experts", rule="1 ≤ top-k ≤ number of experts per layer"
             )
+        if self.num_experts > MAX_EXPERTS:
+            raise TraceError(f"{self.num_experts} experts per layer", rule=f"at most {MAX_EXPERTS}")
         if not self.layer_ids or any(b <= a for a, b in zip(self.layer_ids, self.layer_ids[1:], strict=False)):
             raise TraceError(f"layer ids {list(self.layer_ids)}", rule="layer ids increase strictly, at least one")
 
@@ -116,6 +121,7 @@ class Trace:
                 f"expert ids of shape {raw.shape}",
                 rule=f"[token, MoE layer, k] with {expected[0]} layers and top-{expected[1]}",
             )
+        _check_whole("expert ids", raw)
         check_expert_ids(raw, self.meta.num_experts)
         seal(self, experts=frozen_array(raw, id_dtype(self.meta.num_experts)))
         for name, dtype in (("request", np.int64), ("position", np.int64), ("phase", np.uint8)):
@@ -123,13 +129,15 @@ class Trace:
         for name in ("step", "rank", "domain"):
             if getattr(self, name) is not None:
                 self._seal_column(name, np.int64)
-        if self.num_tokens and int(self.phase.max()) > DECODE:
-            raise TraceError(f"phase {int(self.phase.max())}", rule="phase is 0 (prefill) or 1 (decode)")
 
     def _seal_column(self, name: str, dtype: type[np.generic]) -> None:
         column = np.asarray(getattr(self, name))
         if column.shape != (self.num_tokens,):
             raise TraceError(f"{name} has shape {column.shape}", rule=f"one value per token ({self.num_tokens})")
+        _check_whole(name, column)
+        if name == "phase" and column.size and not ((column == PREFILL) | (column == DECODE)).all():
+            wrong = column[(column != PREFILL) & (column != DECODE)][0]
+            raise TraceError(f"phase {wrong}", rule="phase is 0 (prefill) or 1 (decode)")
         seal(self, **{name: frozen_array(column, dtype)})
 
     @property
@@ -144,12 +152,7 @@ class Trace:
 
     def take(self, rows: npt.NDArray[Any]) -> Trace:
         """Return the tokens of ``rows`` (a boolean mask or indices), in that order. Complexity: O(result)."""
-        columns = {
-            name: value[rows]
-            for name in ("experts", "request", "position", "phase", "step", "rank", "domain")
-            if (value := getattr(self, name)) is not None
-        }
-        return Trace(meta=self.meta, **columns)
+        return _assembled(self.meta, {n: v[rows] for n in COLUMNS if (v := getattr(self, n)) is not None})
 
     def blocks(self) -> Iterator[Trace]:
         """Yield the trace itself: a trace in memory is a stream of one block."""
@@ -172,9 +175,7 @@ class TraceDigest:
     def __init__(self) -> None:
         import hashlib
 
-        self._columns = {
-            name: hashlib.sha256() for name in ("experts", "request", "position", "phase", "step", "rank", "domain")
-        }
+        self._columns = {name: hashlib.sha256() for name in COLUMNS}
 
     def update(self, block: Trace) -> None:
         """Add the tokens of ``block``."""
@@ -195,7 +196,7 @@ class Counts:
     Attributes
     ----------
     meta
-        The model's shape; ``top_k`` is the model's, or the largest common divisor the counts allow.
+        The model's shape; ``top_k`` is the file's or the model's, else the choices per counted token, else 1.
     counts
         ``[step, MoE layer, expert]`` int64, non-negative. Steps are the batches of a tail.
     domain
@@ -211,11 +212,15 @@ class Counts:
         shape = (self.meta.num_layers, self.meta.num_experts)
         if counts.ndim != 3 or counts.shape[1:] != shape:
             raise TraceError(f"counts of shape {counts.shape}", rule=f"[step, layer, expert] with {shape} per step")
+        _check_whole("counts", counts)
         seal(self, counts=frozen_array(counts, np.int64))
         if (self.counts < 0).any():
             where = tuple(int(i) for i in np.argwhere(self.counts < 0)[0])
             raise TraceError(f"count {self.counts[where]} at {list(where)}", rule="counts are not negative")
         if self.domain is not None:
+            if np.shape(self.domain) != (self.num_steps,):
+                shape = np.shape(self.domain)
+                raise TraceError(f"domain has shape {shape}", rule=f"one value per step ({self.num_steps})")
             seal(self, domain=frozen_array(self.domain, np.int64))
 
     @property
@@ -231,6 +236,14 @@ class Counts:
     def digest(self) -> str:
         """Sha256 of the counts."""
         return digest((self.meta.layer_ids, self.counts))
+
+
+def _check_whole(name: str, values: npt.NDArray[Any]) -> None:
+    # a cast to integers would silently turn 1.5 into 1 and NaN into -2⁶³
+    if values.dtype.kind in "iub" or values.size == 0:
+        return
+    if values.dtype.kind != "f" or not (np.isfinite(values).all() and (values == np.trunc(values)).all()):
+        raise TraceError(f"{name} of type {values.dtype} that are not whole numbers", rule=f"{name} are integers")
 
 
 class TraceStream(Protocol):
@@ -276,20 +289,25 @@ def first_bad_row(experts: npt.NDArray[Any], num_experts: int) -> tuple[tuple[in
 
 
 def concatenate(blocks: Iterable[Trace], meta: TraceMeta) -> Trace:
-    """Join blocks into one trace in memory. Complexity: O(total size)."""
+    """Join blocks of one model's tokens into one trace in memory. Complexity: O(total size)."""
     parts = list(blocks)
-    if len(parts) == 1:
-        return parts[0].replace(meta=meta) if parts[0].meta != meta else parts[0]
-    empty = np.zeros(0, np.int64)
-    columns: dict[str, Any] = {}
-    for name in ("experts", "request", "position", "phase", "step", "rank", "domain"):
-        values = [getattr(part, name) for part in parts]
-        if any(value is None for value in values):
-            continue
-        columns[name] = np.concatenate(values) if values else empty
     if not parts:
-        columns = {
-            "experts": np.zeros((0, meta.num_layers, meta.top_k), id_dtype(meta.num_experts)),
-            **dict.fromkeys(("request", "position", "phase"), empty),
-        }
-    return Trace(meta=meta, **columns)
+        none = np.zeros(0, np.int64)
+        experts = np.zeros((0, meta.num_layers, meta.top_k), id_dtype(meta.num_experts))
+        return Trace(meta=meta, experts=experts, request=none, position=none, phase=none.astype(np.uint8))
+    shape = (meta.num_experts, meta.top_k, meta.num_layers)
+    if any((part.meta.num_experts, part.meta.top_k, part.meta.num_layers) != shape for part in parts):
+        raise TraceError("blocks of different models", rule="blocks of a trace agree in experts, layers and top-k")
+    whole = [name for name in COLUMNS if all(getattr(part, name) is not None for part in parts)]
+    if len(parts) == 1:
+        return _assembled(meta, {name: getattr(parts[0], name) for name in whole})
+    return _assembled(meta, {name: np.concatenate([getattr(part, name) for part in parts]) for name in whole})
+
+
+def _assembled(meta: TraceMeta, columns: dict[str, npt.NDArray[Any]]) -> Trace:
+    """Return a trace of tokens that other traces hold already: they were checked there, once."""
+    trace = object.__new__(Trace)
+    for column in columns.values():
+        column.setflags(write=False)
+    seal(trace, meta=meta, **(dict.fromkeys(COLUMNS) | columns))
+    return trace

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from moeplace.affinity import Blocks
     from moeplace.build import Choices
-    from moeplace.trace import Counts
+    from moeplace.trace import Counts, TraceStream
 
 
-def open_source(trace: str, options: dict[str, Any], *, split: str | None = None, part: str = "fit") -> Blocks | Counts:
+def open_source(
+    trace: str, options: dict[str, Any], *, split: str | None = None, part: str = "fit"
+) -> TraceStream | Counts:
     """Open a trace and select the part and phase the options name; warnings go to standard error."""
     from moeplace.model import load_model
     from moeplace.readers import open_trace

@@ -17,7 +17,7 @@ Command = Callable[..., Any]
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
     """Seconds, written ``90``, ``90s``, ``5m`` or ``1h``."""
 
     name = "duration"
@@ -32,7 +32,7 @@ class Duration(click.ParamType):
         return float(match[1]) * _SECONDS[match[2] or "s"]
 
 
-class Share(click.ParamType):
+class Share(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
     """A fraction, written ``0.01`` or ``1%``."""
 
     name = "share"
@@ -49,7 +49,7 @@ class Share(click.ParamType):
         return share
 
 
-class KeyValue(click.ParamType):
+class KeyValue(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
     """``KEY=VALUE``."""
 
     name = "key=value"

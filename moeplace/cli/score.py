@@ -10,10 +10,9 @@ from moeplace.cli.inputs import choices_of, open_source, warn
 from moeplace.cli.options import batch_law, common, option, trace_input
 
 if TYPE_CHECKING:
-    from moeplace.affinity import Blocks
     from moeplace.placement import Placement
     from moeplace.topology import Topology
-    from moeplace.trace import Counts
+    from moeplace.trace import Counts, TraceStream
 
 SCORE_EPILOG = """\b
 Examples:
@@ -99,7 +98,7 @@ def _topologies(specs: tuple[str, ...], options: dict[str, Any], loaded: dict[st
     return [topology_for(choices_of(options | {"topology": spec})) for spec in specs or (None,)]
 
 
-def _linear(source: Blocks | Counts, topology: Topology) -> Placement:
+def _linear(source: TraceStream | Counts, topology: Topology) -> Placement:
     from moeplace.problem import slots_for
     from moeplace.solvers.linear import contiguous
 

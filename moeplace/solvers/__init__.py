@@ -10,18 +10,19 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from moeplace.bounds import load_floor, objective_bound
 from moeplace.errors import InfeasibleError, InputError, SolverError, unknown_name
 from moeplace.metrics import max_over_mean
 from moeplace.objective import UNITS, Term, objective_value, terms
 from moeplace.placement import Placement
-from moeplace.problem import Problem
+from moeplace.problem import COPIES, Problem
 from moeplace.solution import Limits, Report, Solution, Status, StopReason
 
 AUTO = "auto"
@@ -102,20 +103,20 @@ def solve(problem: Problem, solver: str = AUTO, limits: Limits | None = None, re
     """
     limits, report = limits or Limits(), report or Report()
     check_cap(problem)
-    for name in [] if solver == AUTO else solver.split("+"):
-        load_solver(name)
+    names, why = choose(problem) if solver == AUTO else (tuple(solver.split("+")), "")
+    _check_options(solver, names, limits)
     if solver == AUTO:
-        names, why = choose(problem)
         report.stage(AUTO, f"{', '.join(names)} ({why})")
         answers = [
             _run(problem, name, limits, report) for name in names if not limits.stop.is_set() or name == names[0]
         ]
-        found = [answer for answer in answers if answer.placement is not None] or answers[:1]
-        best = min(found, key=lambda answer: answer.objective)
+        found = [answer for answer in answers if answer.placement is not None]
+        within = [answer for answer in found if not _over_cap(problem, answer.placement).any()]
+        best = min(within or found or answers[:1], key=lambda answer: answer.objective)
         note = f"auto tried {', '.join(answer.solver for answer in answers)}; {best.solver} is best ({why})"
         return _finish(problem, best.replace(notes=(*best.notes, note), history=tuple(report.history)))
     answer: Solution | None = None
-    for name in solver.split("+"):
+    for name in names:
         start = problem if answer is None or answer.placement is None else problem.replace(start=answer.placement)
         answer = _run(start, name, limits, report)
         if limits.stop.is_set():
@@ -143,21 +144,26 @@ def check_cap(problem: Problem) -> None:
         )
 
 
-def _run(problem: Problem, name: str, limits: Limits, report: Report) -> Solution:
-    module = load_solver(name)
-    unknown = set(limits.options) - set(module.OPTIONS)
-    if unknown and name != AUTO:
-        option = sorted(unknown)[0]
+def _check_options(solver: str, names: Sequence[str], limits: Limits) -> None:
+    known = sorted({option for name in names for option in load_solver(name).OPTIONS})
+    for option in sorted(set(limits.options) - set(known)):
         raise InputError(
-            f"solver {name} has no option {option!r}",
-            rule=f"its options are {', '.join(module.OPTIONS) or 'none'}",
+            f"solver {solver} has no option {option!r}",
+            rule=f"its options are {', '.join(known) or 'none'}",
             hint="moeplace list solvers shows every option",
         )
+
+
+def _run(problem: Problem, name: str, limits: Limits, report: Report) -> Solution:
+    module = load_solver(name)
+    own = {option: value for option, value in limits.options.items() if option in module.OPTIONS}
     report.stage(name, module.DESCRIPTION)
-    answer = module.solve(problem, limits, report)
+    answer = module.solve(problem, limits.replace(options=own), report)
     if answer.placement is not None:
         value = verify(problem, answer)
-        report.improved(name, value, bound=answer.bound, unit=UNITS[problem.objective])
+        bound = objective_bound(problem) if answer.bound is None else answer.bound
+        load = float(max_over_mean(answer.placement, problem.stats.load).mean())
+        report.improved(name, value, bound=bound, unit=UNITS[problem.objective], figures={"load max/mean": load})
     return answer
 
 
@@ -181,6 +187,11 @@ def verify(problem: Problem, answer: Solution) -> float:
         )
     if answer.bound is not None and answer.bound > value * (1 + 1e-6) + 1e-9:
         raise SolverError(f"{answer.solver} claims a bound of {answer.bound:.9g} above its own value {value:.9g}")
+    if answer.status is Status.OPTIMAL and (answer.bound is None or value > answer.bound * (1 + 1e-6) + 1e-9):
+        raise SolverError(
+            f"{answer.solver} claims that {value:.9g} is optimal, with a bound of {answer.bound}",
+            rule="a proof of optimality is a bound equal to the value",
+        )
     return value
 
 
@@ -190,19 +201,29 @@ def _check_placement(problem: Problem, placement: Placement) -> None:
     placement.check_fits(problem.slots_per_gpu, whole_model=problem.whole_model)
 
 
+def _over_cap(problem: Problem, placement: Placement | None) -> npt.NDArray[np.bool_]:
+    """``[layer]`` whether a placement exceeds the load cap."""
+    if problem.load_cap is None or placement is None:
+        return np.zeros(problem.num_layers, bool)
+    over: npt.NDArray[np.bool_] = max_over_mean(placement, problem.stats.load) > problem.load_cap * (1 + TOLERANCE)
+    return over
+
+
 def _finish(problem: Problem, answer: Solution) -> Solution:
     if answer.placement is None:
         return answer
     value = verify(problem, answer)
-    if problem.load_cap is not None:
-        over = max_over_mean(answer.placement, problem.stats.load) > problem.load_cap * (1 + TOLERANCE)
-        if over.any():
-            layer = problem.stats.meta.layer_ids[int(np.argmax(over))]
-            note = f"{answer.solver} exceeds the load cap in {int(over.sum())} layers, first layer {layer}"
-            return answer.replace(placement=None, status=Status.UNKNOWN, notes=(*answer.notes, note), bound=None)
+    over = _over_cap(problem, answer.placement)
+    if over.any():
+        layer = problem.stats.meta.layer_ids[int(np.argmax(over))]
+        note = f"{answer.solver} exceeds the load cap in {int(over.sum())} layers, first layer {layer}"
+        return answer.replace(placement=None, status=Status.UNKNOWN, notes=(*answer.notes, note), bound=None)
     bounds = [bound for bound in (answer.bound, objective_bound(problem)) if bound is not None]
     bound = min(max(bounds), value) if bounds else None
     proven = bound is not None and value - bound <= TOLERANCE * max(1.0, value)
+    notes, sample = answer.notes, problem.stats.sample
+    if proven and problem.objective == COPIES and sample is not None and sample.num_tokens < problem.stats.num_tokens:
+        notes = (*notes, f"proved for a sample of {sample.num_tokens} of {problem.stats.num_tokens} tokens")
     parts = dict(terms(problem, answer.placement))
     floor = float(load_floor(problem).mean())
     load = parts["load_max_over_mean_mean"]
@@ -212,6 +233,7 @@ def _finish(problem: Problem, answer: Solution) -> Solution:
         unit=UNITS[problem.objective],
         bound=bound,
         terms=parts,
+        notes=notes,
         status=Status.OPTIMAL if proven else answer.status,
         stop_reason=StopReason.PROVEN if proven else answer.stop_reason,
     )
