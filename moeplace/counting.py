@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+COMPILE_FROM_VISITS = 1_000_000
 COMPILE_FROM_PAIRS = 100_000_000  # about a second of NumPy; compiling takes about as long, once per machine
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
@@ -110,6 +111,72 @@ def _count_layers_loop(
                     a = by_layer[layer, token, i]
                     for j in range(top_k):
                         transition[layer, a, by_layer[layer + 1, token, j]] += 1
+
+
+def count_visits(
+    source: npt.NDArray[np.int64],
+    place: npt.NDArray[Any],
+    shape: tuple[int, int],
+    *,
+    distinct: bool,
+    compiled: bool | None = None,
+) -> npt.NDArray[np.int64]:
+    """Count how often tokens of each source visit each place.
+
+    Parameters
+    ----------
+    source
+        ``[token]`` source of each token, below ``shape[0]``.
+    place
+        ``[token, k]`` places it visits, below ``shape[1]``.
+    shape
+        Sources and places of the result.
+    distinct
+        Count a place once per token, however often it stands among its ``k``.
+    compiled
+        Use the compiled loop; default: from a million visits on.
+
+    Returns
+    -------
+    array
+        ``[source, place]`` int64. Complexity: O(tokens · k²), O(tokens · k) if not ``distinct``.
+    """
+    if place.size > COMPILE_FROM_VISITS if compiled is None else compiled:
+        table = np.zeros(shape, np.int64)
+        _compiled_visits()(source, place, table, distinct)
+        return table
+    flat = source[:, None] * shape[1] + place
+    chosen = flat[first_visits(place)] if distinct else flat.ravel()
+    return np.bincount(chosen, minlength=shape[0] * shape[1]).reshape(shape)
+
+
+def first_visits(place: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """``[token, k]`` True where a place appears for the first time among a token's ``k``.
+
+    Complexity: O(tokens · k²), vectorised.
+    """
+    first = np.ones(place.shape, bool)
+    for j in range(1, place.shape[1]):
+        for i in range(j):
+            first[:, j] &= place[:, j] != place[:, i]
+    return first
+
+
+def _count_visits_loop(source: Any, place: Any, table: Any, distinct: bool) -> None:  # pragma: no cover - compiled
+    tokens, top_k = place.shape
+    for token in range(tokens):
+        for j in range(top_k):
+            new = True
+            if distinct:
+                for i in range(j):
+                    new = new and place[token, i] != place[token, j]
+            if new:
+                table[source[token], place[token, j]] += 1
+
+
+@functools.cache
+def _compiled_visits() -> Callable[..., None]:
+    return compile_kernel(_count_visits_loop)
 
 
 @functools.cache

@@ -14,12 +14,13 @@ import numpy as np
 
 from moeplace.batches import BatchLaw
 from moeplace.compute import ExpertCompute
+from moeplace.counting import count_visits
 from moeplace.errors import ProblemError
 from moeplace.frozen import Floats, Ints
 from moeplace.model import ModelSpec
 from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Exchange, Traffic, exchange
 from moeplace.objective import home_ranks
-from moeplace.placement import Placement
+from moeplace.placement import EMPTY, Placement
 from moeplace.problem import CONTEXT_COHERENT, DATAFLOWS, DISPATCH_COMBINE
 from moeplace.routing import ReplicaTable
 from moeplace.tails import Estimate, noise_floor, summarise
@@ -174,7 +175,9 @@ class _Tally:
     def add_layer(self, layer_id: int, load: Floats, times: tuple[Floats, Floats, Floats]) -> None:
         """Add a layer: ``load`` [batch, GPU] rows, and its compute, dispatch and combine times [batch]."""
         self.step_us += times[0] + times[1] + times[2]
-        ratio = load.max(axis=1) / load.mean(axis=1)
+        mean = load.mean(axis=1)
+        # a recorded step may hold no token of a layer: nothing is out of balance then
+        ratio = np.divide(load.max(axis=1), mean, out=np.ones(len(load)), where=mean > 0)
         self._layers.append(
             LayerRow(
                 layer_id=layer_id,
@@ -236,8 +239,7 @@ class _TokenRun:
 
     def _copy_rows(self, slot: Ints) -> Ints:
         batches, gpus, width = self.shape
-        flat = (self.group[0][:, None] * (gpus * width) + slot).ravel()
-        return np.bincount(flat, minlength=batches * gpus * width).reshape(self.shape)
+        return count_visits(self.group[0], slot, (batches, gpus * width), distinct=False).reshape(self.shape)
 
     def _dispatch_us(self, slot: Ints) -> tuple[Floats, Floats]:
         kernel = KERNEL_OF_PHASE[self.law.phase]
@@ -264,12 +266,16 @@ def simulate_counts(
     check_shapes(placement, counts.meta.num_layers, counts.meta.num_experts, topology)
     compute = ExpertCompute.of(model, topology.accelerator, phase)
     gpus = topology.num_gpus
-    share = placement.even_share()
-    copies = placement.copies() > 0
+    slots = np.maximum(placement.slots, 0)
+    share = np.where(
+        placement.slots == EMPTY,
+        0.0,
+        1 / np.take_along_axis(placement.replicas()[:, None, :], slots.astype(np.int64), axis=2),
+    )
     tokens = counts.counts.sum(axis=2) / counts.meta.top_k
     tally = _Tally(counts.num_steps, topology, model)
     for layer, layer_id in enumerate(counts.meta.layer_ids):
-        rows = counts.counts[:, layer, None, :] * np.where(copies[layer], share[layer], 0.0)
+        rows = counts.counts[:, layer, slots[layer]] * share[layer]
         load = rows.sum(axis=2)
         compute_us = compute.rank_us(rows, tokens[:, layer, None] / gpus).max(axis=1)
         traffic = Traffic(copies=np.repeat(load[:, None, :] / gpus, gpus, axis=1))

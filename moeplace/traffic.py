@@ -7,21 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moeplace.counting import count_visits
 from moeplace.frozen import Ints
 from moeplace.network import NORMAL, Traffic
 from moeplace.topology import Topology
-
-
-def first_visits(places: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """``[token, k]`` True where a place (GPU or node) appears for the first time among a token's ``k``.
-
-    Complexity: O(tokens · k²), vectorised.
-    """
-    first = np.ones(places.shape, bool)
-    for j in range(1, places.shape[1]):
-        for i in range(j):
-            first[:, j] &= places[:, j] != places[:, i]
-    return first
 
 
 def dispatch_traffic(
@@ -48,14 +37,13 @@ def dispatch_traffic(
         ``copies`` [batch, GPU, GPU] and, for normal kernels, ``node_copies`` [batch, GPU, node], int64.
     """
     gpus, nodes = topology.num_gpus, topology.num_nodes
-    source = group[0] * gpus + home
-    if kernel != NORMAL:
-        return Traffic(copies=_histogram(source, gpu, np.ones(gpu.shape, bool), (group[1], gpus, gpus)))
-    node = gpu // topology.gpus_per_node
-    return Traffic(
-        copies=_histogram(source, gpu, first_visits(gpu), (group[1], gpus, gpus)),
-        node_copies=_histogram(source, node, first_visits(node), (group[1], gpus, nodes)),
-    )
+    source, shape = group[0] * gpus + home, (group[1], gpus, -1)
+    sources, distinct = group[1] * gpus, kernel == NORMAL
+    copies = count_visits(source, gpu, (sources, gpus), distinct=distinct).reshape(shape)
+    if not distinct:
+        return Traffic(copies=copies)
+    node_copies = count_visits(source, gpu // topology.gpus_per_node, (sources, nodes), distinct=True)
+    return Traffic(copies=copies, node_copies=node_copies.reshape(shape))
 
 
 def chain_traffic(gpu: npt.NDArray[Any], following: npt.NDArray[Any], group: tuple[Ints, int], gpus: int) -> Traffic:
@@ -68,8 +56,3 @@ def chain_traffic(gpu: npt.NDArray[Any], following: npt.NDArray[Any], group: tup
         source = (group[0] * gpus + gpu[:, i]) * gpus
         copies += np.bincount((source[:, None] + following).ravel(), minlength=copies.size)
     return Traffic(copies=copies.reshape(group[1], gpus, gpus))
-
-
-def _histogram(source: Ints, place: npt.NDArray[Any], keep: npt.NDArray[np.bool_], shape: tuple[int, ...]) -> Ints:
-    flat = source[:, None] * shape[-1] + place
-    return np.bincount(flat[keep], minlength=int(np.prod(shape))).reshape(shape)
