@@ -15,7 +15,7 @@ from moeplace.trace import BLOCK_BYTES, MAX_EXPERTS, IntArray, Trace
 Columns: TypeAlias = dict[str, npt.NDArray[Any]]
 
 SHOWN_BAD_ROWS = 5
-CACHE_BYTES = 512 << 20
+CACHE_BYTES = 256 << 20
 
 NO_REQUEST = "request ids not given: all tokens belong to one request"
 NO_POSITION = "token positions not given: tokens are numbered per request in the order of the file"
