@@ -190,5 +190,8 @@ def compile_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     from platformdirs import user_cache_dir
 
     numba.config.CACHE_DIR = numba.config.CACHE_DIR or user_cache_dir("moeplace")
-    compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True)(function)
+    try:
+        compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no folder to keep it in: compile anew in every process
+        compiled = numba.njit(nogil=True)(function)
     return compiled
