@@ -10,7 +10,7 @@ import numpy as np
 
 from moeplace.compute import ExpertCompute
 from moeplace.frozen import Floats
-from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Traffic, check_costed, exchange
+from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Traffic, check_costed, exchange, latency_us
 from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, LOAD, Problem
 from moeplace.topology import CUSTOM
 
@@ -18,22 +18,26 @@ from moeplace.topology import CUSTOM
 def load_floor(problem: Problem) -> Floats:
     """``[layer]`` least max/mean GPU load any placement can have, copies sharing evenly.
 
-    The largest of: 1 (the mean); the hottest copy when spare slots go to copies so as to make it as small as possible;
-    and, when no slot is spare and GPUs have ``S`` slots each, the hottest expert beside the ``S-1`` coldest.
+    The largest of: the mean over the GPUs that have slots; the hottest copy when spare slots go to copies so as to make
+    it as small as possible; and, when no slot is spare and GPUs have ``S`` slots each, the hottest expert beside the
+    ``S-1`` coldest.
 
     Proof sketch: some GPU holds a copy of the hottest expert, and adding the next copy where load per copy is largest
     minimises the largest load per copy (exchange argument). With every slot filled, its GPU holds ``S-1`` others.
     Complexity: O(layers · (slots - experts) · experts).
     """
+    room = problem.slots_per_gpu[problem.slots_per_gpu > 0]
+    usable = len(room)
+    even = problem.num_gpus / usable
     if problem.whole_model:
-        return np.ones(problem.num_layers)
+        return np.full(problem.num_layers, even)
     load = problem.stats.load.astype(np.float64)
     mean = load.sum(axis=1) / problem.num_gpus
     spare = problem.num_slots - problem.num_experts
-    floor = hottest_copy(load, spare, int((problem.slots_per_gpu > 0).sum()))
-    if spare == 0 and (least := int(problem.slots_per_gpu.min())) > 1:
+    floor = hottest_copy(load, spare, usable)
+    if spare == 0 and (least := int(room.min())) > 1:
         floor = np.maximum(floor, load.max(axis=1) + np.sort(load, axis=1)[:, : least - 1].sum(axis=1))
-    return np.maximum(1.0, floor / mean)
+    return np.maximum(even, floor / mean)
 
 
 def hottest_copy(load: Floats, spare: int, most_copies: int) -> Floats:
@@ -81,7 +85,7 @@ def step_time_bound(problem: Problem) -> float:
     tokens = problem.law.step_tokens
     rows = problem.stats.selections_per_token * tokens
     memory, arithmetic = compute.expected_copy_us(rows)
-    gpus = int((problem.slots_per_gpu > 0).sum()) or 1
+    gpus = int((problem.slots_per_gpu > 0).sum())
     spare = problem.num_slots - problem.num_experts
     hottest = hottest_copy(rows, spare, gpus) if not problem.whole_model else rows.max(axis=1) / gpus
     single = compute.expected_copy_us(hottest)
@@ -95,13 +99,12 @@ def step_time_bound(problem: Problem) -> float:
 
 def _communication_bound(problem: Problem, received: Floats) -> float:
     model, topology = problem.model, problem.topology
-    kernel = KERNEL_OF_PHASE[problem.law.phase]
     if problem.dataflow == CONTEXT_COHERENT:
-        return topology.low_latency_us * (problem.num_layers - 1)
-    recorded = problem.stats.source_load is not None
-    if (kernel != LOW_LATENCY and problem.stats.has_tokens) or recorded or topology.kind == CUSTOM:
-        latency = topology.low_latency_us if kernel == LOW_LATENCY else topology.normal_latency_us
-        return 2 * latency * problem.num_layers
+        return latency_us(topology, LOW_LATENCY) * (problem.num_layers - 1)
+    # counts are timed as one copy per selection in either phase
+    kernel = KERNEL_OF_PHASE[problem.law.phase] if problem.stats.has_tokens else LOW_LATENCY
+    if kernel != LOW_LATENCY or problem.stats.source_load is not None or topology.kind == CUSTOM:
+        return 2 * latency_us(topology, kernel) * problem.num_layers
     # homes are even, so one GPU that receives this much from all others bounds the busiest port
     gpus = problem.num_gpus
     copies = np.zeros((len(received), gpus, gpus))

@@ -18,13 +18,23 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 def frozen_array(values: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Copy ``values`` to a C-ordered array of ``dtype`` that nobody can write to.
 
-    An array that is already read-only, contiguous and of that type is returned as it is: nobody can change it.
+    An array that is already read-only, contiguous and of that type, and no view of a writable one, is returned as it
+    is: nobody can change it.
     """
     array = np.asarray(values)
-    if array.dtype != dtype or array.flags.writeable or not array.flags.c_contiguous:
+    if array.dtype != dtype or _is_writable(array) or not array.flags.c_contiguous:
         array = np.array(array, dtype=dtype, order="C", copy=True)
         array.setflags(write=False)
     return array
+
+
+def _is_writable(array: object) -> bool:
+    # a read-only view still changes when the array it looks at does
+    while isinstance(array, np.ndarray):
+        if array.flags.writeable:
+            return True
+        array = array.base
+    return False
 
 
 def seal(instance: object, **fields: object) -> None:

@@ -7,8 +7,10 @@ latency plus the busiest port's bytes over its bandwidth, both directions counte
   inside the node.
 * ``normal`` kernels send one copy per destination node over the NIC to the GPU of the same rail, which forwards one
   copy per destination GPU inside its node. The stages are pipelined, so the time is the busiest port's, not a sum.
+  Across nodes every copy passes the forwarding buffers of its node, those for the forwarding GPU itself too: the
+  measured rates of such kernels count them.
 
-Combine is the transpose: the same ports with directions swapped, hence the same busiest port.
+Combine is the transpose: every copy returns over the ports it came by, so what went out comes in.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Traffic:
     ----------
     copies
         ``[..., GPU, GPU]`` copies from source to destination: one per selection (low-latency) or one per distinct
-        destination GPU of a token (normal). The diagonal stays at home and costs nothing.
+        destination GPU of a token (normal). The diagonal stays at home and costs nothing, but for the forwarding
+        buffers of normal kernels across nodes.
     node_copies
         ``[..., GPU, node]`` copies per distinct destination node of a token; needed by normal kernels across nodes.
     """
@@ -72,7 +75,9 @@ class Exchange:
         return names, flat // gpus, flat % gpus
 
 
-def exchange(topology: Topology, traffic: Traffic, *, kernel: str, bytes_per_copy: float) -> Exchange:
+def exchange(
+    topology: Topology, traffic: Traffic, *, kernel: str, bytes_per_copy: float, returning: bool = False
+) -> Exchange:
     """Time one direction of an all-to-all.
 
     Parameters
@@ -85,6 +90,8 @@ def exchange(topology: Topology, traffic: Traffic, *, kernel: str, bytes_per_cop
         :data:`LOW_LATENCY` or :data:`NORMAL`.
     bytes_per_copy
         Bytes of one token's activation.
+    returning
+        Time the way back of this traffic (combine) instead of the way out (dispatch).
 
     Raises
     ------
@@ -92,19 +99,28 @@ def exchange(topology: Topology, traffic: Traffic, *, kernel: str, bytes_per_cop
         The topology is a direct network, which has no cost model yet.
     """
     check_costed(topology)
-    latency = topology.normal_latency_us if kernel == NORMAL else topology.low_latency_us
+    latency = latency_us(topology, kernel)
     off_diagonal = traffic.copies * ~np.eye(topology.num_gpus, dtype=bool)
     if topology.kind == CUSTOM:
-        ports = _custom_ports(topology, off_diagonal)
+        ports = _custom_ports(topology, off_diagonal, returning)
     elif topology.num_nodes == 1:
         ports = _domain_ports(topology, off_diagonal)
     elif kernel == LOW_LATENCY:
         ports = _one_level_ports(topology, off_diagonal)
     else:
-        ports = _two_level_ports(topology, off_diagonal, traffic.node_copies)
+        ports = _two_level_ports(topology, traffic)
+    if returning:
+        ports = {name: ports[_other_way(name)] for name in ports}
     ports = {name: copies * bytes_per_copy for name, copies in ports.items()}
     busiest = np.max(np.stack([value.max(axis=-1) for value in ports.values()]), axis=0)
     return Exchange(time_us=latency + busiest, port_us=ports, latency_us=latency)
+
+
+def latency_us(topology: Topology, kernel: str) -> float:
+    """Fixed time of one direction of an all-to-all; 0 for one GPU, which exchanges nothing."""
+    if topology.num_gpus == 1:
+        return 0.0
+    return topology.normal_latency_us if kernel == NORMAL else topology.low_latency_us
 
 
 def check_costed(topology: Topology) -> None:
@@ -121,8 +137,15 @@ def _per_gb_per_s(gb_per_s: float) -> float:
     return 1e-3 / gb_per_s  # µs per byte at 1 GB/s = 1e9 bytes/s
 
 
-def _custom_ports(topology: Topology, copies: npt.NDArray[Any]) -> dict[str, Floats]:
-    weighted = copies * (1e-3 / topology.pair_bandwidth_gb_per_s())
+def _other_way(port: str) -> str:
+    kind, direction = port.rsplit(" ", 1)
+    return f"{kind} {'in' if direction == 'out' else 'out'}"
+
+
+def _custom_ports(topology: Topology, copies: npt.NDArray[Any], returning: bool) -> dict[str, Floats]:
+    pairs = topology.pair_bandwidth_gb_per_s()
+    # the two directions of a pair may differ in speed
+    weighted = copies * (1e-3 / (pairs.T if returning else pairs))
     return {"link out": weighted.sum(axis=-1), "link in": weighted.sum(axis=-2)}
 
 
@@ -145,9 +168,8 @@ def _one_level_ports(topology: Topology, copies: npt.NDArray[Any]) -> dict[str, 
     }
 
 
-def _two_level_ports(
-    topology: Topology, copies: npt.NDArray[Any], node_copies: npt.NDArray[Any] | None
-) -> dict[str, Floats]:
+def _two_level_ports(topology: Topology, traffic: Traffic) -> dict[str, Floats]:
+    copies, node_copies = traffic.copies, traffic.node_copies
     if node_copies is None:
         raise TopologyError("no per-node copies", rule="normal kernels across nodes need them")
     nodes, rails = topology.num_nodes, topology.gpus_per_node
@@ -156,15 +178,14 @@ def _two_level_ports(
     lead = copies.shape[:-2]
     # a copy for another node travels to the GPU of the sender's rail there
     arriving = away.reshape(*lead, nodes, rails, nodes).sum(axis=-3)
-    proxy_in = np.swapaxes(arriving, -1, -2).reshape(*lead, nodes * rails)
-    by_rail = copies.reshape(*lead, nodes, rails, nodes, rails).sum(axis=-4)
-    same_rail = np.einsum("...rnr->...nr", by_rail).reshape(*lead, nodes * rails)
-    forwarded = np.swapaxes(by_rail.sum(axis=-1), -1, -2).reshape(*lead, nodes * rails) - same_rail
-    received = copies.sum(axis=-2) - same_rail
-    local, nic = _per_gb_per_s(topology.local_gb_per_s), _per_gb_per_s(topology.nic_gb_per_s)
-    return {
+    nic = _per_gb_per_s(topology.nic_gb_per_s)
+    ports = {
         "NIC out": away.sum(axis=-1) * nic,
-        "NIC in": proxy_in * nic,
-        "scale-up out": forwarded * local,
-        "scale-up in": received * local,
+        "NIC in": np.swapaxes(arriving, -1, -2).reshape(*lead, nodes * rails) * nic,
     }
+    if rails > 1:
+        by_rail = copies.reshape(*lead, nodes, rails, nodes, rails).sum(axis=(-4, -1))
+        local = _per_gb_per_s(topology.local_gb_per_s)
+        ports["scale-up out"] = np.swapaxes(by_rail, -1, -2).reshape(*lead, nodes * rails) * local
+        ports["scale-up in"] = copies.sum(axis=-2) * local
+    return ports

@@ -113,12 +113,14 @@ def mean_step_times(problem: Problem, placement: Placement) -> LayerTimes:
     kernel = KERNEL_OF_PHASE[problem.law.phase]
     traffic, kernel = mean_dispatch_traffic(problem, placement, kernel)
     dispatch = _exchange(problem, traffic, kernel, model.bytes_per_copy_dispatch)
-    combine = _exchange(problem, traffic, kernel, model.bytes_per_copy_combine)
+    combine = _exchange(problem, traffic, kernel, model.bytes_per_copy_combine, returning=True)
     return LayerTimes(compute=busiest, dispatch=dispatch.time_us, combine=combine.time_us)
 
 
-def _exchange(problem: Problem, traffic: Traffic, kernel: str, bytes_per_copy: float) -> Exchange:
-    return exchange(problem.topology, traffic, kernel=kernel, bytes_per_copy=bytes_per_copy)
+def _exchange(
+    problem: Problem, traffic: Traffic, kernel: str, bytes_per_copy: float, *, returning: bool = False
+) -> Exchange:
+    return exchange(problem.topology, traffic, kernel=kernel, bytes_per_copy=bytes_per_copy, returning=returning)
 
 
 def copy_costs(problem: Problem, replicas: npt.NDArray[np.int64], compute: ExpertCompute) -> tuple[Floats, Floats]:

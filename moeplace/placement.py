@@ -13,6 +13,7 @@ from moeplace.errors import PlacementError
 from moeplace.frozen import digest, frozen_array, replaced, seal
 
 EMPTY = -1
+MAX_EXPERTS = 32_767  # ids are int16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,8 @@ class Placement:
         raw = np.asarray(self.slots)
         if raw.ndim != 3 or 0 in raw.shape or raw.dtype.kind not in "iu":
             raise PlacementError(f"slots of shape {raw.shape} and type {raw.dtype}", rule="integers [layer, GPU, slot]")
+        if not 1 <= self.num_experts <= MAX_EXPERTS:
+            raise PlacementError(f"{self.num_experts} experts per layer", rule=f"1 to {MAX_EXPERTS}")
         bad = (raw < EMPTY) | (raw >= self.num_experts)
         if bad.any():
             layer, gpu, slot = (int(i) for i in np.argwhere(bad)[0])

@@ -1,7 +1,7 @@
 """Which copy of an expert serves a token.
 
-One policy so far, ``even``: the copies of an expert take its tokens in turn. Compute and communication use the same
-choice.
+One policy so far, ``even``: every copy of an expert serves the same share of its tokens, dealt by a hash. Compute and
+communication use the same choice.
 """
 
 from __future__ import annotations
@@ -67,5 +67,6 @@ class ReplicaTable:
         table = self.slot[layer]
         if table.shape[1] == 1:
             return table[experts, 0]
-        turn = (hashed(token, layer)[:, None] >> np.uint64(17)) + experts.astype(np.uint64)
+        # offset by a slot, not by the expert's number: renaming experts must not change who is served where
+        turn = (hashed(token, layer)[:, None] >> np.uint64(17)) + table[experts, 0].astype(np.uint64)
         return table[experts, (turn % self.count[layer][experts].astype(np.uint64)).astype(np.int64)]

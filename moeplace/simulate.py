@@ -147,9 +147,9 @@ class _Tally:
         self._exchange_us = 0.0
         self._bottlenecks: Counter[str] = Counter()
 
-    def exchange(self, traffic: Traffic, kernel: str, bytes_per_copy: float) -> Floats:
+    def exchange(self, traffic: Traffic, kernel: str, bytes_per_copy: float, *, returning: bool = False) -> Floats:
         """``[batch]`` time of one direction, its ports and bottleneck noted."""
-        timed = exchange(self._topology, traffic, kernel=kernel, bytes_per_copy=bytes_per_copy)
+        timed = exchange(self._topology, traffic, kernel=kernel, bytes_per_copy=bytes_per_copy, returning=returning)
         for name, busy in timed.port_us.items():
             self._busy_us[name] = self._busy_us.get(name, 0.0) + busy.sum(axis=0)
         self._exchange_us += float(timed.time_us.sum())
@@ -160,7 +160,7 @@ class _Tally:
         """Times of a dispatch and of the combine that returns over the same ports."""
         return (
             self.exchange(traffic, kernel, self._model.bytes_per_copy_dispatch),
-            self.exchange(traffic, kernel, self._model.bytes_per_copy_combine),
+            self.exchange(traffic, kernel, self._model.bytes_per_copy_combine, returning=True),
         )
 
     def _note_bottlenecks(self, timed: Exchange) -> None:

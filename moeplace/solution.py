@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeplace.frozen import replaced, seal
-from moeplace.objective import Term
+from moeplace.objective import UNITS, Term, objective_value
 from moeplace.placement import Placement
+from moeplace.problem import Problem
 
 
 class Status(enum.StrEnum):
@@ -157,6 +158,23 @@ class Limits:
     def replace(self, **changes: object) -> Limits:
         """Copy with some fields changed."""
         return replaced(self, **changes)
+
+
+def found(
+    problem: Problem, placement: Placement, limits: Limits, report: Report, *, solver: str, notes: tuple[str, ...] = ()
+) -> Solution:
+    """Return the answer of a method that stops when its work is done and proves nothing."""
+    return Solution(
+        placement=placement,
+        objective=objective_value(problem, placement),
+        unit=UNITS[problem.objective],
+        status=Status.FEASIBLE,
+        stop_reason=StopReason.EXHAUSTED,
+        solver=solver,
+        seed=limits.seed,
+        history=tuple(report.history),
+        notes=notes,
+    )
 
 
 class Report:

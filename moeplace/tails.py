@@ -103,7 +103,6 @@ def expected_maximum(count: int) -> float:
     """Return the expected maximum of ``count`` independent standard normals, by quadrature."""
     from scipy.special import ndtr
 
-    grid = np.linspace(-8.0, 10.0, 4001)
-    # E max = ∫ x dF^n, integrated by parts on both sides of 0
-    power = ndtr(grid) ** count
-    return float(np.trapezoid(np.where(grid >= 0, 1 - power, -power), grid))
+    grid = np.linspace(-10.0, 10.0, 4001)
+    # E max = a + ∫_a P(max > x) dx for any a that the maximum never falls below
+    return float(grid[0] + np.trapezoid(1 - ndtr(grid) ** count, grid))

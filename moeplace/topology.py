@@ -27,6 +27,7 @@ KINDS = (SCALE_UP, SCALE_OUT, TORUS, FULL_MESH, MESH, CUSTOM)
 DIMENSIONS = {SCALE_UP: (1, 1), SCALE_OUT: (2, 2), TORUS: (1, 3), FULL_MESH: (1, 4), MESH: (2, 2), CUSTOM: (1, 2)}
 EXAMPLES = "scale-up:8, scale-out:2x8, torus:4x4x4, full-mesh:4x4x4, mesh:8x8"
 DEFAULT_ACCELERATOR = "h100"
+NUMBERS = ("local_gb_per_s", "nic_gb_per_s", "link_gb_per_s", "low_latency_us", "normal_latency_us")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,9 @@ class Topology:
     coordinates: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
+        seal(self, dims=tuple(int(length) for length in self.dims))
+        for name in NUMBERS:
+            seal(self, **{name: float(getattr(self, name))})
         check_dims(self.kind, self.dims, where=self.name)
         direct = self.kind in (TORUS, FULL_MESH, MESH)
         speeds = (
@@ -78,8 +82,9 @@ class Topology:
         )
         if self.num_gpus > 1 and not all(math.isfinite(x) and x > 0 for x in speeds):
             raise TopologyError(f"bandwidth {min(speeds)} GB/s", rule="bandwidths are positive", where=self.name)
-        if min(self.low_latency_us, self.normal_latency_us) < 0:
-            raise TopologyError("a negative latency", rule="latencies are at least 0 µs", where=self.name)
+        for latency in (self.low_latency_us, self.normal_latency_us):
+            if not (math.isfinite(latency) and latency >= 0):
+                raise TopologyError(f"latency {latency} µs", rule="latencies are at least 0 µs", where=self.name)
         if self.kind == CUSTOM:
             self._seal_pairs()
         if self.coordinates is not None:
@@ -250,7 +255,8 @@ def load_topology(spec: str, *, accelerator: str | None = None) -> Topology:
 def list_topologies() -> tuple[str, ...]:
     """Names of the topology presets, sorted."""
     folder = resources.files("moeplace").joinpath("topologies")
-    return tuple(sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml")))
+    files = folder.iterdir() if folder.is_dir() else ()
+    return tuple(sorted(item.name.removesuffix(".toml") for item in files if item.name.endswith(".toml")))
 
 
 def _parse_dims(text: str, where: str) -> tuple[int, ...]:
@@ -272,8 +278,7 @@ def _from_file(path: Path, accelerator: str | None) -> Topology:
 
 def _from_table(table: Mapping[str, Any], name: str, where: str, accelerator: str | None) -> Topology:
     fields = dict(table)
-    numbers = {"local_gb_per_s", "nic_gb_per_s", "link_gb_per_s", "low_latency_us", "normal_latency_us"}
-    known = {"name", "kind", "dims", "accelerator", "description", "pair_gb_per_s", "coordinates", *numbers}
+    known = {"name", "kind", "dims", "accelerator", "description", "pair_gb_per_s", "coordinates", *NUMBERS}
     for key in fields:
         if key not in known:
             raise unknown_name("topology key", key, sorted(known), where=where)
@@ -286,10 +291,24 @@ def _from_table(table: Mapping[str, Any], name: str, where: str, accelerator: st
     fields.pop("description", None)
     chosen = accelerator or fields.pop("accelerator", DEFAULT_ACCELERATOR)
     fields.pop("accelerator", None)
-    for key in numbers & fields.keys():
+    for key in NUMBERS:
+        if key not in fields:
+            continue
         if isinstance(fields[key], dict):
             fields[key] = fields[key].get("value")
         if isinstance(fields[key], bool) or not isinstance(fields[key], int | float):
             raise TopologyError(f"{key} = {fields[key]!r}", rule="a number", where=where)
+    for key, rule in (("pair_gb_per_s", "rows of numbers, one per GPU"), ("coordinates", "a list of integers")):
+        fields |= {key: _array(fields[key], key, rule, where)} if key in fields else {}
     label = str(fields.pop("name", name))
     return build_topology(kind, tuple(dims), load_accelerator(chosen), name=label, **fields)
+
+
+def _array(value: object, key: str, rule: str, where: str) -> npt.NDArray[Any]:
+    try:
+        array = np.array(value)
+    except ValueError:
+        array = np.array(None)  # rows of different lengths
+    if array.dtype.kind not in ("i" if key == "coordinates" else "if"):
+        raise TopologyError(f"{key} is not {rule}", rule=rule, where=where)
+    return array

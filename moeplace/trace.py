@@ -176,9 +176,11 @@ class TraceDigest:
         import hashlib
 
         self._columns = {name: hashlib.sha256() for name in COLUMNS}
+        self._shape: tuple[int, ...] = ()
 
     def update(self, block: Trace) -> None:
         """Add the tokens of ``block``."""
+        self._shape = block.experts.shape[1:]
         for name, sha in self._columns.items():
             column = getattr(block, name)
             if column is not None:
@@ -186,7 +188,7 @@ class TraceDigest:
 
     def hexdigest(self) -> str:
         """Return the digest of all tokens so far."""
-        return digest([(name, sha.hexdigest()) for name, sha in self._columns.items()])
+        return digest([self._shape, *((name, sha.hexdigest()) for name, sha in self._columns.items())])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,10 +20,9 @@ import numpy as np
 
 from moeplace.errors import InputError, ProblemError
 from moeplace.frozen import Floats, Ints
-from moeplace.objective import UNITS, objective_value
 from moeplace.placement import EMPTY, Placement
 from moeplace.problem import Problem
-from moeplace.solution import Limits, Report, Solution, Status, StopReason
+from moeplace.solution import Limits, Report, Solution, found
 
 DESCRIPTION = "DeepSeek's EPLB: replicate the hottest experts, pack copies heaviest first"
 POLICIES = ("auto", "hierarchical", "global")
@@ -52,17 +51,8 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
         if hierarchical
         else balance_global(load, problem.slots_per_gpu)
     )
-    return Solution(
-        placement=placement,
-        objective=objective_value(problem, placement),
-        unit=UNITS[problem.objective],
-        status=Status.FEASIBLE,
-        stop_reason=StopReason.EXHAUSTED,
-        solver="eplb",
-        seed=limits.seed,
-        history=tuple(report.history),
-        notes=(f"EPLB's {'hierarchical' if hierarchical else 'global'} policy",),
-    )
+    policy = "hierarchical" if hierarchical else "global"
+    return found(problem, placement, limits, report, solver="eplb", notes=(f"EPLB's {policy} policy",))
 
 
 def balance_global(load: Floats, slots_per_gpu: Ints) -> Placement:

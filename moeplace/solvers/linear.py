@@ -9,10 +9,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moeplace.objective import UNITS, objective_value
+from moeplace.frozen import Ints
 from moeplace.placement import EMPTY, Placement
 from moeplace.problem import Problem
-from moeplace.solution import Limits, Report, Solution, Status, StopReason
+from moeplace.solution import Limits, Report, Solution, found
 
 DESCRIPTION = "contiguous experts, as servers place them by default"
 OPTIONS: Mapping[str, str] = {}
@@ -23,27 +23,18 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
 
     A copy that would land on a GPU that already holds its expert is skipped: the slot stays empty. O(slots).
     """
-    placement = contiguous(problem)
-    return Solution(
-        placement=placement,
-        objective=objective_value(problem, placement),
-        unit=UNITS[problem.objective],
-        status=Status.FEASIBLE,
-        stop_reason=StopReason.EXHAUSTED,
-        solver="linear",
-        seed=limits.seed,
-        history=tuple(report.history),
-    )
+    placement = contiguous(problem.slots_per_gpu, problem.num_layers, problem.num_experts)
+    return found(problem, placement, limits, report, solver="linear")
 
 
-def contiguous(problem: Problem) -> Placement:
-    """Return the placement of :func:`solve`."""
-    row = np.full((problem.num_gpus, problem.max_slots), EMPTY, np.int64)
+def contiguous(slots_per_gpu: Ints, num_layers: int, num_experts: int) -> Placement:
+    """Return the placement of :func:`solve` for ``slots_per_gpu`` [GPU]."""
+    row = np.full((len(slots_per_gpu), int(slots_per_gpu.max())), EMPTY, np.int64)
     number = 0
-    for gpu, slots in enumerate(problem.slots_per_gpu):
+    for gpu, slots in enumerate(slots_per_gpu):
         for slot in range(int(slots)):
-            expert = number % problem.num_experts
+            expert = number % num_experts
             if expert not in row[gpu]:
                 row[gpu, slot] = expert
             number += 1
-    return Placement(slots=np.broadcast_to(row, (problem.num_layers, *row.shape)), num_experts=problem.num_experts)
+    return Placement(slots=np.broadcast_to(row, (num_layers, *row.shape)), num_experts=num_experts)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moeplace.objective import UNITS, objective_value
 from moeplace.placement import EMPTY, Placement
 from moeplace.problem import Problem
-from moeplace.solution import Limits, Report, Solution, Status, StopReason
+from moeplace.solution import Limits, Report, Solution, found
 
 DESCRIPTION = "a random permutation per layer"
 OPTIONS: Mapping[str, str] = {}
@@ -37,13 +36,4 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
             slots[layer, gpu, used[gpu]] = expert
             used[gpu] += 1
     placement = Placement(slots=slots, num_experts=problem.num_experts)
-    return Solution(
-        placement=placement,
-        objective=objective_value(problem, placement),
-        unit=UNITS[problem.objective],
-        status=Status.FEASIBLE,
-        stop_reason=StopReason.EXHAUSTED,
-        solver="random",
-        seed=limits.seed,
-        history=tuple(report.history),
-    )
+    return found(problem, placement, limits, report, solver="random")

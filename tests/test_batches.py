@@ -1,0 +1,131 @@
+"""Laws of :mod:`moeplace.batches`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import cut, make_trace, traces
+
+from moeplace.batches import BatchLaw, TokenIndex, default_law, draw, gather
+from moeplace.errors import InputError
+from moeplace.trace import PHASES, Trace, TraceMeta
+
+DECODE_LAW = BatchLaw(phase="decode", requests=2)
+
+
+def lengths(trace: Trace, phase: str) -> dict[int, int]:
+    """Count tokens of one phase per request, in plain Python."""
+    found: dict[int, int] = {}
+    for request, number in zip(trace.request.tolist(), trace.phase.tolist(), strict=True):
+        if number == PHASES.index(phase):
+            found[request] = found.get(request, 0) + 1
+    return found
+
+
+@given(traces(tokens=30), st.sampled_from(PHASES), st.integers(1, 3), st.integers(1, 3), st.integers(0, 3))
+def test_steps_follow_the_law(trace: Trace, phase: str, requests: int, tokens: int, seed: int) -> None:
+    """A step holds distinct requests long enough, each with consecutive tokens of the phase in order of position."""
+    shuffled = trace.take(np.random.default_rng(seed).permutation(trace.num_tokens))
+    index = TokenIndex.of(cut(shuffled, [0, 7, 9]))
+    law = BatchLaw(phase=phase, requests=requests, tokens=tokens, batches=6, seed=seed)
+    long_enough = {name for name, count in lengths(shuffled, phase).items() if count >= tokens}
+    if len(long_enough) < requests:
+        with pytest.raises(InputError, match=f"only {len(long_enough)} requests have {tokens}") as caught:
+            draw(index, law)
+        assert caught.value.hint is not None
+        assert "--batch-requests" in caught.value.hint
+        return
+    picked = draw(index, law)
+    assert picked.shape == (6, requests, tokens)
+    assert np.array_equal(picked, draw(index, law))
+    for batch in picked:
+        owners = shuffled.request[batch]
+        assert (owners == owners[:, :1]).all()
+        assert len(set(owners[:, 0].tolist())) == requests
+        assert set(owners[:, 0].tolist()) <= long_enough
+        assert (shuffled.phase[batch] == PHASES.index(phase)).all()
+        assert (np.diff(shuffled.position[batch], axis=1) == 1).all()
+
+
+def test_steps_are_uniform() -> None:
+    """Every eligible request is as likely as any other, and so is every start in it."""
+    trace = make_trace(0, tokens=60, requests=5, prompt=0)
+    index = TokenIndex.of(trace)
+    rows, first, length = index.by_request("decode")
+    picked = draw(index, BatchLaw(phase="decode", requests=2, tokens=3, batches=6000))
+    starts = picked[:, :, 0].ravel()
+    owners, counts = np.unique(trace.request[starts], return_counts=True)
+    assert len(owners) == int((length >= 3).sum())
+    expected = 2 * 6000 / len(owners)
+    assert np.abs(counts - expected).max() < 6 * np.sqrt(expected)
+    for begin, size in zip(first, length, strict=True):
+        seen = np.isin(starts, rows[begin : begin + size - 2])
+        _, per_start = np.unique(starts[seen], return_counts=True)
+        assert len(per_start) == size - 2
+        assert np.abs(per_start - per_start.mean()).max() < 6 * np.sqrt(per_start.mean())
+
+
+def test_seeds_differ_and_more_batches_extend() -> None:
+    """Another seed draws other steps; asking for more steps keeps the first ones."""
+    index = TokenIndex.of(make_trace(1, tokens=200, requests=20))
+    few = draw(index, DECODE_LAW.replace(batches=5))
+    many = draw(index, DECODE_LAW.replace(batches=9))
+    assert np.array_equal(many[:5], few)
+    assert not np.array_equal(few, draw(index, DECODE_LAW.replace(batches=5, seed=1)))
+
+
+@given(traces(), st.lists(st.integers(0, 9), max_size=4), st.integers(0, 9))
+def test_gather_reads_exactly_what_is_named(trace: Trace, sizes: list[int], seed: int) -> None:
+    """The gathered trace holds each named token once, and every number points at its token."""
+    named = np.random.default_rng(seed).integers(0, trace.num_tokens, (3, 2))
+    found, where = gather(cut(trace, sizes), named)
+    assert found.num_tokens == len(np.unique(named))
+    assert np.array_equal(found.experts[where], trace.experts[named])
+
+
+def test_default_laws(small_trace: Trace) -> None:
+    """Defaults are 256 × 1 for decode and 64 × 128 for prefill, lowered to what the trace has."""
+    index = TokenIndex.of(small_trace)
+    decode = default_law(index, "decode")
+    assert (decode.requests, decode.tokens, decode.batches, decode.seed) == (
+        len(lengths(small_trace, "decode")),
+        1,
+        300,
+        0,
+    )
+    prefill = default_law(index, "prefill")
+    assert (prefill.requests, prefill.tokens) == (8, 2)
+    assert default_law(index, "prefill", requests=99, tokens=7).step_tokens == 99 * 7
+    large = TokenIndex.of(make_trace(0, tokens=80_000, layers=1, experts=1, top_k=1, requests=400, prompt=150))
+    assert (default_law(large, "decode").requests, default_law(large, "decode").tokens) == (256, 1)
+    assert (default_law(large, "prefill").requests, default_law(large, "prefill").tokens) == (64, 128)
+    assert index.phases() == ["decode", "prefill"]
+
+
+@pytest.mark.parametrize("changes", [{"requests": 0}, {"tokens": 0}, {"batches": -1}, {"phase": "training"}])
+def test_bad_laws_are_refused(changes: dict[str, object]) -> None:
+    """Every number of a law is at least 1, its phase known."""
+    with pytest.raises(InputError):
+        DECODE_LAW.replace(**changes)
+
+
+def test_nothing_to_draw_from(small_trace: Trace) -> None:
+    """A stream without tokens, or without tokens of the phase, is an error, not an empty answer."""
+    with pytest.raises(InputError, match="no tokens"):
+        TokenIndex.of(small_trace.take(np.zeros(60, bool)))
+    only_prefill = TokenIndex.of(small_trace.take(small_trace.phase == 0))
+    assert only_prefill.phases() == ["prefill"]
+    with pytest.raises(InputError, match="no decode tokens"):
+        default_law(only_prefill, "decode")
+    with pytest.raises(InputError, match="only 0 requests"):
+        draw(only_prefill, DECODE_LAW)
+
+
+def test_one_request_one_token() -> None:
+    """The smallest trace gives steps of its one token."""
+    meta = TraceMeta(num_experts=1, top_k=1, layer_ids=(0,))
+    trace = Trace(meta=meta, experts=[[[0]]], request=[5], position=[0], phase=[1])
+    law = default_law(TokenIndex.of(trace), "decode")
+    assert draw(TokenIndex.of(trace), law.replace(batches=2)).tolist() == [[[0]], [[0]]]

@@ -1,0 +1,175 @@
+"""Laws of :mod:`moeplace.bounds`: no placement is better than a bound, by exhaustive enumeration."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import every_placement, make_problem, make_trace, random_placement, slow_topology
+
+from moeplace.affinity import count_routing
+from moeplace.bounds import hottest_copy, load_floor, objective_bound, step_time_bound
+from moeplace.errors import TopologyError
+from moeplace.metrics import max_over_mean
+from moeplace.objective import objective_value
+from moeplace.problem import OBJECTIVES, Problem
+from moeplace.topology import Topology, load_topology
+from moeplace.trace import Counts
+
+# slots per GPU for four experts: tight, uneven, spare, a GPU without slots, everything everywhere
+SLOTS = [[2, 2], [3, 1], [3, 2], [4, 0], [4, 4], [2, 1, 2], [2, 2, 2], [0, 3, 2]]
+
+
+def optimum(problem: Problem) -> float:
+    """Least objective of any placement."""
+    return min(objective_value(problem, placement) for placement in every_placement(problem))
+
+
+def _custom(gpus: int) -> Topology:
+    pairs = np.random.default_rng(gpus).uniform(1, 5, (gpus, gpus))
+    pairs[:, 0] = 0.02  # a placement may leave the slow receiver alone
+    return slow_topology(f"scale-up:{gpus}").replace(kind="custom", pair_gb_per_s=pairs)
+
+
+def _topologies(gpus: int) -> list[Topology]:
+    found = [slow_topology(f"scale-up:{gpus}"), slow_topology(f"scale-out:{gpus}x1"), _custom(gpus)]
+    return found + ([slow_topology("scale-out:2x1")] if gpus == 2 else [])
+
+
+@pytest.mark.parametrize("slots", SLOTS, ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_bound_is_below_the_optimum(slots: list[int], objective: str) -> None:
+    """One layer: for every objective, phase, dataflow, network and source of homes the bound is at most the optimum."""
+    for seed, ranks, phase in itertools.product(range(2), (None, 2), ("decode", "prefill")):
+        trace = make_trace(seed, tokens=30, layers=1, experts=4, top_k=1 + seed, ranks=ranks)
+        for topology in (
+            _topologies(len(slots)) if objective == "step-time" else [load_topology(f"scale-up:{len(slots)}")]
+        ):
+            problem = make_problem(trace, topology, slots_per_gpu=slots, objective=objective, phase=phase, requests=30)
+            bound = objective_bound(problem)
+            if bound is None:
+                assert objective == "cross"
+                continue
+            best = optimum(problem)
+            assert 0 < bound <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("slots", [[2, 2], [3, 1], [3, 2], [4, 0]], ids=str)
+@pytest.mark.parametrize("dataflow", ["dispatch-combine", "context-coherent"])
+def test_bound_over_two_layers(slots: list[int], dataflow: str) -> None:
+    """Two layers together, where context-coherent placements of layers depend on each other."""
+    trace = make_trace(2, tokens=20, layers=2, experts=4, top_k=2)
+    for objective in OBJECTIVES:
+        problem = make_problem(
+            trace, slow_topology("scale-up:2"), slots_per_gpu=slots, objective=objective, dataflow=dataflow, requests=40
+        )
+        bound = objective_bound(problem)
+        assert bound is None or bound <= optimum(problem) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("slots", [[2, 2], [3, 2], [4, 0], [4, 4]], ids=str)
+@pytest.mark.parametrize("kind", ["scale-up", "custom"])
+def test_bound_on_counts(slots: list[int], kind: str) -> None:
+    """On counts, in both phases, with the prefill kernels' latency far above what counts are timed with."""
+    topology = _custom(2) if kind == "custom" else slow_topology("scale-up:2")
+    trace = make_trace(3, tokens=30, layers=1, experts=4)
+    counts = count_routing(Counts(meta=trace.meta, counts=count_routing(trace).load[None]))
+    for phase in ("decode", "prefill"):
+        problem = make_problem(
+            trace, topology.replace(normal_latency_us=1e4), slots_per_gpu=slots, phase=phase
+        ).replace(stats=counts)
+        assert step_time_bound(problem) <= optimum(problem) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("slots", [[1, 1], [2, 1], [2, 0]], ids=str)
+def test_bound_with_slots_over_the_whole_model(slots: list[int]) -> None:
+    """Where slots are counted over all layers together a layer may be lopsided, and the bounds still hold."""
+    trace = make_trace(4, tokens=20, layers=2, experts=2, top_k=1)
+    room = np.array(slots) * 2
+    for objective in ("load", "step-time", "copies"):
+        problem = make_problem(
+            trace, slow_topology("scale-up:2"), slots_per_gpu=slots, objective=objective, whole_model=True
+        )
+        bound = objective_bound(problem)
+        values = [
+            objective_value(problem, placement)
+            for placement in every_placement(problem.replace(slots_per_gpu=room))
+            if (placement.used_slots().sum(axis=0) <= room).all()
+        ]
+        assert bound is not None
+        assert bound <= min(values) * (1 + 1e-9)
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 4), min_size=1, max_size=4))
+def test_load_floor_holds_layer_by_layer(seed: int, room: list[int]) -> None:
+    """No placement has a layer whose max/mean is below that layer's floor, and no floor is below 1."""
+    room[0] += max(0, 6 - sum(room))
+    trace = make_trace(seed % 7)
+    problem = make_problem(trace, f"scale-up:{len(room)}", slots_per_gpu=room)
+    floor = load_floor(problem)
+    assert (floor >= 1).all()
+    placement = random_placement(seed, room, 2, 6)
+    assert (max_over_mean(placement, problem.stats.load) >= floor * (1 - 1e-12)).all()
+
+
+def test_floors_that_are_reached() -> None:
+    """Floors are exact where they should be: a hot expert alone, beside the coldest, split over copies, fewer GPUs."""
+    load = np.array([[80, 10, 6, 4]])
+    for slots, floor in (
+        ([1, 1, 1, 1], 80 / 25),
+        ([2, 2], 84 / 50),
+        ([2, 1, 1, 1], 40 / 25),
+        ([2, 2, 0], 84 * 3 / 100),
+        ([4, 4], 1.0),
+        ([4, 0], 2.0),
+    ):
+        trace = make_trace(0, layers=1, experts=4, top_k=1)
+        problem = make_problem(trace, f"scale-up:{len(slots)}", slots_per_gpu=slots, objective="load")
+        stats = count_routing(Counts(meta=trace.meta, counts=load[None]))
+        problem = problem.replace(stats=stats)
+        assert load_floor(problem)[0] == pytest.approx(floor)
+        assert optimum(problem) == pytest.approx(floor)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=5), st.integers(0, 6), st.integers(1, 4))
+def test_hottest_copy_is_the_best_split(load: list[int], spare: int, most: int) -> None:
+    """No other way of dealing spare copies, at most ``most`` of each expert, makes the hottest copy colder."""
+    found = float(hottest_copy(np.array([load], float), spare, most)[0])
+    ways = itertools.product(range(1, most + 1), repeat=len(load))
+    best = min(
+        max(one / copies for one, copies in zip(load, way, strict=True))
+        for way in ways
+        if sum(way) <= len(load) + spare
+    )
+    assert found <= best + 1e-9
+    if len(load) + spare <= most * len(load):
+        assert found == pytest.approx(best)
+
+
+def test_bounds_are_not_empty() -> None:
+    """On an even instance the step-time bound is within 1 % of the optimum: it says something."""
+    trace = make_trace(0, tokens=4, layers=1, experts=4, top_k=4)
+    problem = make_problem(trace, slow_topology("scale-up:2"))
+    assert step_time_bound(problem) == pytest.approx(optimum(problem), rel=0.01)
+
+
+def test_direct_networks_have_no_bound_yet(toy_problem: Problem) -> None:
+    """A network without a time model has no bound on time, only on load and copies."""
+    direct: Any = toy_problem.replace(topology=load_topology("torus:2"), objective="load")
+    assert objective_bound(direct) is not None
+    with pytest.raises(TopologyError):
+        step_time_bound(direct.replace(objective="step-time"))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "slots", "level", "bound"), [(3, [2, 2], "gpu", 2), (3, [4, 4], "gpu", 1), (3, [2, 2], "node", 1)]
+)
+def test_copies_bound(top_k: int, slots: list[int], level: str, bound: float) -> None:
+    """A token with k distinct experts needs ⌈k/S⌉ GPUs of S slots, or nodes of all their GPUs' slots."""
+    trace = make_trace(0, layers=1, experts=4, top_k=top_k)
+    problem = make_problem(trace, "scale-out:1x2", slots_per_gpu=slots, objective="copies", copies_level=level)
+    assert objective_bound(problem) == bound
