@@ -106,6 +106,12 @@ class Problem:
                 rule="trace and model agree",
                 hint="is --model the one the trace was recorded on?",
             )
+        if self.stats.has_tokens and self.model.top_k != meta.top_k:
+            raise ProblemError(
+                f"the trace has {meta.top_k} experts a token; {self.model.name} has {self.model.top_k}",
+                rule="trace and model agree",
+                hint="is --model the one the trace was recorded on?",
+            )
         if self.slots_per_gpu.shape != (gpus,) or (self.slots_per_gpu < 0).any():
             raise ProblemError(
                 f"slots for {self.slots_per_gpu.size} GPUs", rule=f"the topology has {gpus}, none with negative slots"

@@ -113,3 +113,19 @@ def test_slots_per_gpu() -> None:
     """Slots per GPU are the same on each; redundancy may repeat what they imply."""
     assert slots_for(6, 4, per_gpu=2).tolist() == [2, 2, 2, 2]
     assert slots_for(6, 4, per_gpu=2, redundant=2).tolist() == [2, 2, 2, 2]
+
+
+def test_a_model_with_another_top_k_is_refused() -> None:
+    """A trace of top-k choices is not taken for a model that chooses another number of experts."""
+    import moeplace
+    from moeplace.errors import ProblemError
+
+    trace = moeplace.Trace(
+        meta=moeplace.TraceMeta(num_experts=8, top_k=1, layer_ids=tuple(range(32))),
+        experts=np.zeros((2, 32, 1), np.uint8),
+        request=np.zeros(2),
+        position=np.arange(2),
+        phase=np.ones(2),
+    )
+    with pytest.raises(ProblemError, match="1 experts a token; mixtral-8x7b has 2"):
+        moeplace.build_problem(trace, model="mixtral-8x7b", topology="scale-up:4")
