@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 
 from moeplace.affinity import RoutingStats, count_routing
+from moeplace.batches import DEFAULT_PREFILL_TOKENS, DEFAULT_REQUESTS, BatchLaw
 from moeplace.errors import InputError, ProblemError, UnknownNameError
 from moeplace.frozen import Floats, Ints
 from moeplace.metrics import max_over_mean
 from moeplace.model import ModelSpec, generic_model, load_model
 from moeplace.placement import Placement
+from moeplace.presets import is_path
 from moeplace.problem import DISPATCH_COMBINE, STEP_TIME, Problem, slots_for
 from moeplace.scoring import law_for
 from moeplace.solvers.eplb import balance_global
 from moeplace.topology import Topology, load_topology
-from moeplace.trace import Counts, TraceMeta, TraceStream
+from moeplace.trace import PHASES, PREFILL, Counts, TraceMeta, TraceStream
 
 DEFAULT_GPUS = 8
+RISKS = ("mean", "p95", "p99", "cvar95")
+UNKNOWN_MODEL = "unknown model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +41,14 @@ class Choices:
         Redundant experts per layer in total, or slots per GPU and layer.
     dataflow, objective, copies_level, whole_model
         See :class:`~moeplace.problem.Problem`.
+    risk
+        What of the step time is minimised: ``mean``, the only one so far.
     load_cap
         A number, or ``eplb`` for the maximum of EPLB's global policy in each layer.
     phase, batch_requests, batch_tokens
         The batch law.
+    baseline
+        The placement now deployed.
     """
 
     model: str | None = None
@@ -51,6 +59,7 @@ class Choices:
     slots_per_gpu: int | None = None
     dataflow: str = DISPATCH_COMBINE
     objective: str = STEP_TIME
+    risk: str = "mean"
     copies_level: str = "gpu"
     whole_model: bool = False
     load_cap: str | float | None = None
@@ -85,6 +94,15 @@ def build_problem(
     if choices is not None and more:
         raise TypeError("give either choices or its fields as keywords, not both")
     choices = choices or Choices(**more)
+    if choices.risk != "mean":
+        raise ProblemError(
+            f"risk {choices.risk!r}",
+            rule="placements are fitted to the mean step so far"
+            if choices.risk in RISKS
+            else f"one of {', '.join(RISKS)}",
+            hint="leave --risk out; moeplace score shows the tail of every placement",
+        )
+    check_law(source, requests=choices.batch_requests, tokens=choices.batch_tokens)
     model = model_for(source.meta, choices.model)
     stats = count_routing(source, threads=threads)
     topology = topology_for(choices, stats)
@@ -112,18 +130,33 @@ def build_problem(
     )
 
 
+def check_law(source: TraceStream | Counts, **given: int | None) -> None:
+    """Raise :class:`InputError` where a batch law is given for counts: their recorded steps are the batches."""
+    named = [name for name, value in given.items() if value is not None]
+    if named and isinstance(source, Counts):
+        flags = ", ".join("--batches" if name == "batches" else f"--batch-{name}" for name in named)
+        raise InputError(
+            f"{flags} on counts",
+            rule="the steps of counts are the recorded ones",
+            hint="leave it out, or use a per-token trace",
+        )
+
+
 def model_for(meta: TraceMeta, name: str | None) -> ModelSpec:
     """Return the named model, else the preset the trace names, else a generic one of the trace's shape."""
     if name is not None:
         return load_model(name)
-    if meta.model_id:
-        try:
-            known = load_model(meta.model_id)
-        except (UnknownNameError, InputError):
-            known = None
-        if known is not None and known.num_experts == meta.num_experts and known.top_k == meta.top_k:
-            return known
-    return generic_model(meta.num_experts, meta.top_k, meta.layer_ids, meta.model_id or "unknown model")
+    known = preset_for(meta, meta.model_id)
+    return known or generic_model(meta.num_experts, meta.top_k, meta.layer_ids, meta.model_id or UNKNOWN_MODEL)
+
+
+def preset_for(meta: TraceMeta, name: str | None) -> ModelSpec | None:
+    """Return the preset of a name where there is one and its shape is that of the trace."""
+    try:
+        known = load_model(name) if name and not is_path(name) else None
+    except (UnknownNameError, InputError):
+        return None
+    return known if known and (known.num_experts, known.top_k) == (meta.num_experts, meta.top_k) else None
 
 
 def topology_for(choices: Choices, stats: RoutingStats | None = None) -> Topology:
@@ -160,42 +193,98 @@ def cap_for(cap: str | float | None, stats: RoutingStats, slots_per_gpu: Ints) -
 
 def assumptions(problem: Problem, choices: Choices) -> tuple[str, ...]:
     """What was not said but assumed, one sentence each."""
-    said = list(problem.stats.meta.assumptions)
-    preset = choices.model is None
-    if preset and problem.model.name == (problem.stats.meta.model_id or "unknown model"):
-        said.append(
-            f"the model's widths are unknown: times are for hidden {problem.model.hidden}, expert inner "
-            f"{problem.model.expert_inner}, {problem.model.weight_bytes:g} bytes a weight; --model names another"
-        )
-    elif preset:
-        said.append(f"model {problem.model.name}, as the trace names it")
+    meta = problem.stats.meta
+    said = list(meta.assumptions)
+    if choices.model is None:
+        said.append(model_sentence(meta, problem.model))
     if choices.topology is None:
         said.append(
             f"topology {problem.topology.name} of {problem.topology.accelerator.name}; --topology names another"
         )
     if not problem.stats.has_tokens:
         said.append("the trace holds only counts: load can be optimised, affinity and copies cannot be seen")
-    if problem.stats.source_load is None and problem.stats.has_tokens:
+    elif problem.stats.source_load is None:
         said.append("home ranks are not recorded: requests are dealt over the GPUs evenly")
+    if problem.stats.has_tokens:
+        said += law_sentences(problem.law, requests=choices.batch_requests, tokens=choices.batch_tokens)
     return tuple(said)
+
+
+def model_sentence(meta: TraceMeta, model: ModelSpec) -> str:
+    """Say where the model comes from when it was not named."""
+    if preset_for(meta, meta.model_id) is not None:
+        return f"model {model.name}, as the trace names it"
+    return (
+        f"the model's widths are unknown: times are for hidden {model.hidden}, expert inner {model.expert_inner}, "
+        f"{model.weight_bytes:g} bytes a weight; --model names another"
+    )
+
+
+def law_sentences(law: BatchLaw, *, requests: int | None, tokens: int | None) -> list[str]:
+    """Say where the default batch law was cut down to what the trace has; None are the defaults."""
+    phase = PHASES.index(law.phase)
+    usual = DEFAULT_REQUESTS[phase]
+    said = []
+    if tokens is None and phase == PREFILL and law.tokens < DEFAULT_PREFILL_TOKENS:
+        said.append(
+            f"a prefill step takes {law.tokens} tokens of a request, not {DEFAULT_PREFILL_TOKENS}: "
+            "most requests of the trace are shorter"
+        )
+    if requests is None and law.requests < usual:
+        said.append(
+            f"a {law.phase} step holds {law.requests} requests, not {usual}: the trace has no more with "
+            f"{law.tokens} or more {law.phase} tokens"
+        )
+    return said
 
 
 def describe(problem: Problem) -> Mapping[str, str]:
     """The instance in words, for the head of a log."""
-    stats, slots, model = problem.stats, problem.slots_per_gpu, problem.model
+    stats, slots, model, law = problem.stats, problem.slots_per_gpu, problem.model, problem.law
     low, high = int(slots.min()), int(slots.max())
     each = f"{low} per GPU" if low == high else f"{low} to {high} per GPU"
-    width = f"hidden {model.hidden}, expert inner {model.expert_inner}, {model.weight_bytes:g} B a weight"
-    law = problem.law
-    requests = f", {stats.num_requests} requests" if stats.num_requests else ""
-    cap = "none" if problem.load_cap is None else f"{problem.load_cap.min():.4f} to {problem.load_cap.max():.4f}"
-    return {
-        "trace": f"{stats.num_tokens:,} tokens{requests}, {problem.num_layers} MoE layers × {problem.num_experts} "
-        f"experts, top-{stats.meta.top_k}, digest {stats.trace_digest[:12]}",
+    width = f"hidden {model.hidden}, expert inner {model.expert_inner}, {model.weight_bytes:g} bytes a weight"
+    requests = f", {plural(stats.num_requests, 'request')}" if stats.num_requests else ""
+    cap = ""
+    if problem.load_cap is not None:
+        lowest, highest = float(problem.load_cap.min()), float(problem.load_cap.max())
+        cap = f", load cap {lowest:.4f}" + (f" to {highest:.4f}" if highest > lowest else "")
+    step = f"{law.requests:,} tokens on average, as recorded"
+    if stats.has_tokens:
+        step = f"{plural(law.requests, 'request')} × {plural(law.tokens, 'token')} over all GPUs"
+    told = {
+        "trace": f"{plural(stats.num_tokens, 'token')}{requests}, digest {stats.trace_digest[:12]}",
+        "experts": f"{plural(problem.num_layers, 'MoE layer')} × {problem.num_experts} experts, top-{stats.meta.top_k}",
         "model": f"{model.name} ({width})",
         "topology": f"{problem.topology.name}: {problem.num_gpus} × {problem.topology.accelerator.name}, "
-        f"{problem.topology.num_nodes} node{'s' * (problem.topology.num_nodes > 1)}",
+        f"{plural(problem.topology.num_nodes, 'node')}",
         "slots": f"{problem.num_slots} per layer, {each}, {problem.num_slots - problem.num_experts} redundant",
-        "objective": f"{problem.objective} under {problem.dataflow}; load cap {cap}",
-        "step": f"{law.phase}, {law.requests} requests × {law.tokens} tokens over all GPUs",
+        "objective": f"{problem.objective} under {problem.dataflow}{cap}",
+        "step": f"{law.phase}, {step}",
     }
+    if problem.baseline is not None:
+        told["baseline"] = (
+            f"{int(problem.baseline.used_slots().sum()):,} copies now deployed; moves are counted from it"
+        )
+    return told
+
+
+def describe_trace(stats: RoutingStats, num_gpus: int) -> Mapping[str, str]:
+    """A trace in words, for the head of a table whose GPU column is for ``num_gpus`` GPUs."""
+    told = {"trace": plural(stats.num_tokens, "token")}
+    if not stats.has_tokens:
+        told["trace"] += " (counts only: load can be optimised, affinity cannot be seen)"
+    told["requests"] = f"{stats.num_requests:,}" if stats.num_requests else "unknown"
+    told["experts"] = (
+        f"{plural(stats.meta.num_layers, 'MoE layer')} × {stats.meta.num_experts} experts, top-{stats.meta.top_k}"
+    )
+    if stats.meta.domains:
+        told["domains"] = ", ".join(stats.meta.domains)
+    told["GPUs"] = f"{num_gpus}, experts placed contiguously"
+    told["digest"] = stats.trace_digest[:12]
+    return told
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 node``, ``1,000 nodes``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moeplace.errors import InputError, PlacementError, UnknownNameError
-from moeplace.exporters.native import PlacementFile
+from moeplace.errors import PlacementError
 from moeplace.frozen import Ints
-from moeplace.model import load_model
+from moeplace.objective import Term
+from moeplace.placement import Placement
+from moeplace.problem import Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +33,7 @@ class Change:
     leaving: Ints
     layer_ids: tuple[int, ...]
     num_copies: int
-    expert_bytes: float | None
+    expert_bytes: float | None = None
 
     @property
     def moved_copies(self) -> int:
@@ -59,34 +61,57 @@ class Change:
         }
 
 
-def compare_placements(before: PlacementFile, after: PlacementFile, *, model: str | None = None) -> Change:
+def compare_placements(
+    before: Placement,
+    after: Placement,
+    *,
+    layer_ids: Sequence[int] | None = None,
+    expert_bytes: float | None = None,
+) -> Change:
     """Count the copies each GPU must load and may drop; GPUs keep their numbers.
+
+    Parameters
+    ----------
+    before, after
+        Placements of as many layers, GPUs and experts; slots may differ.
+    layer_ids
+        One id per layer; default 0, 1, ….
+    expert_bytes
+        Bytes of one expert's weights.
+
+    Returns
+    -------
+    Change
+        Complexity: O(layers · GPUs · experts).
 
     Raises
     ------
     PlacementError
         The placements differ in layers, GPUs or experts.
     """
-    shapes = [(p.num_layers, p.num_gpus, p.num_experts) for p in (before.placement, after.placement)]
+    shapes = [f"{p.num_layers} layers of {p.num_experts} experts on {p.num_gpus} GPUs" for p in (before, after)]
     if shapes[0] != shapes[1]:
         raise PlacementError(
-            f"{shapes[0]} and {shapes[1]} layers, GPUs and experts", rule="placements of the same shape are compared"
+            f"the first placement has {shapes[0]}, the second {shapes[1]}",
+            rule="placements of the same shape are compared",
+            hint="were they made for the same model and topology?",
         )
-    delta = after.placement.copies() - before.placement.copies()
+    delta = after.copies() - before.copies()
     return Change(
         arriving=delta.clip(min=0).sum(axis=2),
         leaving=(-delta).clip(min=0).sum(axis=2),
-        layer_ids=after.layer_ids,
-        num_copies=int(after.placement.used_slots().sum()),
-        expert_bytes=_expert_bytes(after, model),
+        layer_ids=tuple(range(after.num_layers) if layer_ids is None else layer_ids),
+        num_copies=int(after.used_slots().sum()),
+        expert_bytes=expert_bytes,
     )
 
 
-def _expert_bytes(after: PlacementFile, model: str | None) -> float | None:
-    if model is not None:
-        return float(load_model(model).expert_weight_bytes)
-    named = after.details.get("model", {})
-    try:
-        return float(load_model(str(named.get("name", ""))).expert_weight_bytes)
-    except (UnknownNameError, InputError):
-        return None
+def move_terms(problem: Problem, placement: Placement) -> Mapping[str, Term]:
+    """``moved_copies`` and ``moved_bytes`` against the problem's baseline; empty where it has none."""
+    if problem.baseline is None:
+        return {}
+    change = compare_placements(problem.baseline, placement, expert_bytes=float(problem.model.expert_weight_bytes))
+    return {
+        "moved_copies": Term(value=change.moved_copies, unit="copies"),
+        "moved_bytes": Term(value=change.moved_bytes or 0.0, unit="bytes"),
+    }

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
-from moeplace.diff import Change
+from moeplace.build import plural
+from moeplace.diff import Change, move_terms
 from moeplace.metrics import max_over_mean
 from moeplace.model import ModelSpec
 from moeplace.problem import Problem
@@ -19,9 +23,9 @@ from moeplace.solution import Incumbent, Report, Solution, relative_gap
 from moeplace.summary import TraceSummary
 from moeplace.tails import QUANTILES, tail_steps
 
-PIPE_WIDTH = 120
+GAP_BETWEEN = "  "
+MIN_TEXT_WIDTH = 24
 MIN_TAIL_STEPS = 10
-LOG_HEAD = f"{'time':>8}  {'source':<22} {'objective':>14} {'bound':>14} {'gap':>8}  figures"
 STATUS_WORDS = {
     "optimal": "optimal: no placement is better",
     "feasible": "feasible: valid, and no worse than the gap says",
@@ -35,13 +39,18 @@ STOP_WORDS = {
     "interrupted": "interrupted; this is the best so far",
     "exhausted": "the method's work is done",
 }
+TRAFFIC_WORDS = {
+    "cross_gpu_share": "pairs across GPUs",
+    "cross_node_share": "pairs across nodes",
+    "copies_per_token_gpu": "GPUs per token",
+    "copies_per_token_node": "nodes per token",
+    "next_layer_locality": "next-layer locality",
+}
 
 
 def console(*, err: bool = False) -> Console:
-    """A console on standard output or error, wide enough for tables when it is a pipe."""
-    stream = sys.stderr if err else sys.stdout
-    width = None if stream.isatty() else PIPE_WIDTH
-    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+    """A console on standard output or error; colours only on a terminal, and never with NO_COLOR."""
+    return Console(file=sys.stderr if err else sys.stdout, highlight=False)
 
 
 def write_json(document: Mapping[str, Any]) -> None:
@@ -49,11 +58,88 @@ def write_json(document: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
 
 
+def say(text: str, out: Console, style: str = "") -> None:
+    """Write one line as it is: no markup, and no wrapping of our own (a pipe keeps it whole)."""
+    out.print(Text(text, style), soft_wrap=True)
+
+
 def write_lines(pairs: Mapping[str, str], out: Console) -> None:
-    """Write ``label  text`` lines, labels aligned."""
-    width = max(map(len, pairs), default=0)
-    for label, text in pairs.items():
-        out.print(f"{label:<{width}}  {text}", markup=False)
+    """Write ``label  text`` lines, labels aligned; a terminal gets long texts wrapped beneath themselves."""
+    for line in align(list(pairs.items()), right=(), width=_width(out)):
+        say(line, out)
+
+
+def align(rows: Sequence[Sequence[str]], *, right: Iterable[int], width: int | None = None) -> list[str]:
+    """Lines of a table with two spaces between columns and nothing behind the last.
+
+    Parameters
+    ----------
+    rows
+        Cells, the same number in every row.
+    right
+        Numbers of the columns that are aligned right.
+    width
+        Width of a terminal: a last column aligned left is wrapped to it where there is room; None never wraps.
+    """
+    to_right = set(right)
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    last = len(widths) - 1
+    indent = sum(widths[:-1]) + len(GAP_BETWEEN) * last
+    room = None if width is None or last in to_right or width - indent < MIN_TEXT_WIDTH else width - indent
+    lines = []
+    for row in rows:
+        cells = [_pad(cell, widths[i], i in to_right) for i, cell in enumerate(row[:-1])]
+        tail = _pad(row[-1], widths[last], True) if last in to_right else row[-1]
+        parts = (textwrap.wrap(tail, room, break_long_words=False, break_on_hyphens=False) if room else [tail]) or [""]
+        lines.append(GAP_BETWEEN.join([*cells, parts[0]]).rstrip())
+        lines += [" " * indent + part for part in parts[1:]]
+    return lines
+
+
+def _pad(cell: str, width: int, right: bool) -> str:
+    space = " " * (width - cell_len(cell))
+    return space + cell if right else cell + space
+
+
+def _width(out: Console) -> int | None:
+    return out.width if out.is_terminal else None
+
+
+def write_table(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> None:
+    """Write a table with a bold head to standard output; where a terminal is too narrow, columns go beneath each other.
+
+    The first column is then repeated, so that every line can be read by itself.
+    """
+    out, to_right = console(), set(right)
+    room = _width(out)
+    widths = [max(map(cell_len, column)) + len(GAP_BETWEEN) for column in zip(*rows, strict=True)]
+    wraps = len(widths) - 1 not in to_right
+    groups: list[list[int]] = [[0]]
+    used = widths[0]
+    for column in range(1, len(widths)):
+        needed = MIN_TEXT_WIDTH if wraps and column == len(widths) - 1 else widths[column]
+        if room is not None and len(groups[-1]) > 1 and used + needed - len(GAP_BETWEEN) > room:
+            groups.append([0])
+            used = widths[0]
+        groups[-1].append(column)
+        used += needed
+    for number, group in enumerate(groups):
+        chosen = [[row[column] for column in group] for row in rows]
+        shifted = [place for place, column in enumerate(group) if column in to_right]
+        head, *lines = align(chosen, right=shifted, width=room)
+        if number:
+            say("", out)
+        say(head, out, "bold")
+        for line in lines:
+            say(line, out)
+
+
+def number(value: float) -> str:
+    """A number with at most four decimals and six digits that count: ``0.8756``, ``1,178.50``, ``134,056``."""
+    if not math.isfinite(value):
+        return str(value)
+    digits = 4 if abs(value) < 100 else max(0, 5 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}"
 
 
 class SolveLog(Report):
@@ -63,26 +149,28 @@ class SolveLog(Report):
         super().__init__()
         self.shown = shown
         self._out = console(err=True)
-        self._live = sys.stderr.isatty()
+        self._live = self._out.is_terminal
         self._status_width = 0
+        self._unit: str | None = None
 
     def head(self, instance: Mapping[str, str], assumed: Sequence[str]) -> None:
         """Write the instance and what was assumed."""
         if self.shown:
+            self._clear()
             write_lines(instance, self._out)
             for sentence in assumed:
-                self._out.print(f"assumed: {sentence}", style="yellow", markup=False)
+                say(f"assumed: {sentence}", self._out, "yellow")
 
     def stage(self, name: str, detail: str = "") -> None:
         """Announce a stage."""
         if self.shown:
             self._clear()
-            self._out.print(f"{self.seconds:7.1f}s  {name}: {detail}" if detail else f"{self.seconds:7.1f}s  {name}")
+            say(f"{self.seconds:7.1f}s  {name}: {detail}" if detail else f"{self.seconds:7.1f}s  {name}", self._out)
 
     def progress(self, done: float, total: float, what: str) -> None:
         """Show how far a stage is, on one line that is overwritten."""
         if self.shown and self._live:
-            text = f"{self.seconds:7.1f}s  {what} {done:g}/{total:g}"
+            text = f"{self.seconds:7.1f}s  {what} {done:g}/{total:g}"[: self._out.width - 1]
             sys.stderr.write("\r" + text.ljust(self._status_width))
             sys.stderr.flush()
             self._status_width = len(text)
@@ -92,9 +180,11 @@ class SolveLog(Report):
         super().improved(source, objective, **details)
         if self.shown:
             self._clear()
-            if len(self.history) == 1:
-                self._out.print(LOG_HEAD, style="bold", markup=False)
-            self._out.print(_improvement(self.history[-1]), markup=False)
+            entry = self.history[-1]
+            if entry.unit != self._unit:
+                self._unit = entry.unit
+                say(_log_head(entry), self._out, "bold")
+            say(_improvement(entry), self._out)
 
     def tail(self, solution: Solution, problem: Problem) -> None:
         """Write the answer if the log is shown."""
@@ -109,20 +199,28 @@ class SolveLog(Report):
             "stopped": f"{STOP_WORDS[solution.stop_reason]} ({solution.solver}, seed {solution.seed})",
         }
         if solution.placement is not None:
-            bound = "none known" if solution.bound is None else f"{solution.bound:,.4f}"
+            bound = "none known" if solution.bound is None else number(solution.bound)
             gap = "" if solution.gap is None else f", gap {solution.gap:.3%}"
-            lines["objective"] = f"{solution.objective:,.4f} {solution.unit}; bound {bound}{gap}"
+            lines["objective"] = f"{number(solution.objective)} {solution.unit}; bound {bound}{gap}"
             worst = max_over_mean(solution.placement, problem.stats.load)
-            lines["load"] = f"max/mean {worst.mean():.4f} mean over layers, {worst.max():.4f} worst"
+            lines["load max/mean"] = f"{worst.mean():.4f} mean over layers, {worst.max():.4f} worst"
             for name, term in solution.terms.items():
                 if not name.startswith("load"):
-                    lines[name.removesuffix("_us").replace("_", " ")] = f"{term.value:,.4f} {term.unit}"
+                    label = TRAFFIC_WORDS.get(name, name.removesuffix("_us").replace("_", " "))
+                    lines[label] = f"{number(term.value)} {term.unit}"
+            lines |= _moves(problem, solution)
         for stage in solution.stages:
             shown = "unknown" if stage.gap is None else f"{stage.gap:.3%}"
-            lines[stage.name] = f"{stage.objective:,.4f} {stage.unit}, {stage.status}, gap {shown}, {stage.stop_reason}"
+            lines[stage.name] = f"{number(stage.objective)} {stage.unit}, {stage.status}, gap {shown}"
+            lines[stage.name] += f", {STOP_WORDS[stage.stop_reason]}"
         write_lines(lines, self._out)
         for note in solution.notes:
-            self._out.print(f"note: {note}", markup=False)
+            say(f"note: {note}", self._out)
+
+    def end(self, sentence: str) -> None:
+        """Write where the placement went, if the log is shown."""
+        if self.shown:
+            say(sentence, self._out)
 
     def _clear(self) -> None:
         if self._status_width:
@@ -130,63 +228,76 @@ class SolveLog(Report):
             self._status_width = 0
 
 
+def _log_head(entry: Incumbent) -> str:
+    figures = "  ".join(entry.figures)
+    objective = f"objective [{entry.unit}]" if entry.unit else "objective"
+    return f"{'time':>8}  {'source':<14} {objective:>22} {'bound':>12} {'gap':>7}  {figures}".rstrip()
+
+
 def _improvement(entry: Incumbent) -> str:
-    bound = "-" if entry.bound is None else f"{entry.bound:,.4f}"
+    bound = "-" if entry.bound is None else number(entry.bound)
     gap = relative_gap(entry.objective, entry.bound)
     shown = "-" if gap is None else f"{gap:.2%}"
-    figures = ", ".join(f"{name} {value:,.4g}" for name, value in entry.figures.items())
-    value = f"{entry.objective:,.4f}"
-    return (
-        f"{entry.seconds:7.1f}s  {entry.source:<22} {value:>14} {bound:>14} {shown:>8}  {entry.unit} {figures}".rstrip()
-    )
+    figures = "  ".join(f"{value:>{len(name)},.4g}" for name, value in entry.figures.items())
+    value = number(entry.objective)
+    return f"{entry.seconds:7.1f}s  {entry.source:<14} {value:>22} {bound:>12} {shown:>7}  {figures}".rstrip()
 
 
-def score_tables(scores: Sequence[Score], model: ModelSpec) -> None:
-    """Write one table per topology and phase: rows are figures, columns placements."""
-    out = console()
+def _moves(problem: Problem, solution: Solution) -> dict[str, str]:
+    if solution.placement is None or problem.baseline is None:
+        return {}
+    terms = move_terms(problem, solution.placement)
+    copies, total = int(terms["moved_copies"].value), int(solution.placement.used_slots().sum())
+    volume = f"{terms['moved_bytes'].value / 1e9:,.2f} GB"
+    return {"moves": f"{copies:,} of {total:,} copies ({copies / total:.1%}), {volume}, against the baseline"}
+
+
+def score_tables(scores: Sequence[Score], model: ModelSpec, *, recorded: bool = False) -> None:
+    """Write one table per topology and phase: rows are figures, columns placements.
+
+    ``recorded`` says that the steps are the recorded ones, not drawn from tokens.
+    """
     groups: dict[tuple[str, str], list[Score]] = {}
     for entry in scores:
         groups.setdefault((entry.topology, entry.law.phase), []).append(entry)
-    for (topology, phase), group in groups.items():
-        law = group[0].law
-        out.print(
-            f"{topology}, {phase}: {law.batches} steps of {law.requests} requests × {law.tokens} tokens, "
-            f"{group[0].dataflow}, {model.name}",
-            style="bold",
-            markup=False,
-        )
-        out.print(_score_table(group))
+    for place, ((topology, phase), group) in enumerate(groups.items()):
+        out, law = console(), group[0].law
+        if place:
+            say("", out)
+        drawn = f"{plural(law.batches, 'step')} of {plural(law.requests, 'request')} × {plural(law.tokens, 'token')}"
+        steps = f"{law.batches:,} recorded steps of {law.requests:,} tokens on average" if recorded else drawn
+        say(f"{topology}, {phase}: {steps}, {group[0].dataflow}, {model.name}", out, "bold")
+        write_table(_score_rows(group), right=range(1, len(group) + 1))
         beyond = tail_steps(law.batches, QUANTILES["p99"])
         if beyond < MIN_TAIL_STEPS:
-            out.print(f"p99 rests on {beyond:g} steps beyond it: read it with its interval, or use more --batches")
+            more = "" if recorded else ", or use more --batches"
+            say(f"p99 rests on {beyond:g} steps beyond it: read it with its interval{more}", out)
 
 
-def _score_table(group: Sequence[Score]) -> Table:
-    table = Table("figure", *[entry.placement for entry in group], box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", False
+def _score_rows(group: Sequence[Score]) -> list[list[str]]:
+    rows = [["figure", *[entry.placement for entry in group]]]
     for name in ("mean", "p50", "p95", "p99", "cvar95"):
         cells = []
         for entry in group:
             value = entry.simulation.summary[name]
             half = max(value.high - value.value, value.value - value.low)
             cells.append(f"{value.value:,.1f} ± {half:,.1f}")
-        table.add_row(f"step {name} [µs]", *cells)
-    base = group[0].simulation.summary["mean"].value
-    table.add_row("mean against first", *[_change(e.simulation.summary["mean"].value, base) for e in group])
+        rows.append([f"step {'CVaR95' if name == 'cvar95' else name} [µs]", *cells])
+    if len(group) > 1:
+        base = group[0].simulation.summary["mean"].value
+        rows.append(["mean against first", *[_change(e.simulation.summary["mean"].value, base) for e in group]])
     for part in ("compute", "dispatch", "combine"):
         totals = [sum(getattr(row, f"{part}_us") for row in e.simulation.layers) for e in group]
-        table.add_row(f"{part} [µs]", *[f"{total:,.1f}" for total in totals])
-    table.add_row("load max/mean, trace", *[f"{e.max_over_mean.mean():.4f}" for e in group])
-    table.add_row("load max/mean, step", *[_step_load(e) for e in group])
-    table.add_row("noise floor", *[f"{e.simulation.noise_floor:.4f}" for e in group])
-    for name in group[0].traffic.__slots__:
+        rows.append([f"{part} [µs]", *[f"{total:,.1f}" for total in totals]])
+    rows.append(["load max/mean, trace", *[f"{e.max_over_mean.mean():.4f}" for e in group]])
+    rows.append(["load max/mean, step", *[_step_load(e) for e in group]])
+    rows.append(["noise floor", *[f"{e.simulation.noise_floor:.4f}" for e in group]])
+    for name, words in TRAFFIC_WORDS.items():
         values = [getattr(e.traffic, name) for e in group]
         if any(value is not None for value in values):
-            shown = ["-" if value is None else f"{value:.4f}" for value in values]
-            table.add_row(name.replace("_", " "), *shown)
-    table.add_row("busiest", *[_busiest(e) for e in group])
-    return table
+            rows.append([words, *["-" if value is None else f"{value:.4f}" for value in values]])
+    rows.append(["busiest", *[_busiest(e) for e in group]])
+    return rows
 
 
 def _change(value: float, base: float) -> str:
@@ -207,21 +318,21 @@ def stats_tables(summary: TraceSummary, instance: Mapping[str, str]) -> None:
     """Write the trace's sizes and one row per layer."""
     out = console()
     write_lines(instance, out)
-    head = ["layer", "hottest/mean", "variation", "top 10 %", f"GPU max/mean ({summary.num_gpus} GPUs)"]
-    table = Table(*head, "top 20 % pairs", "if independent", box=None, pad_edge=False)
-    for column in table.columns:
-        column.justify = "right"
+    say("", out)
+    rows = [["layer", "hottest/mean", "variation", "top 10 %", "GPU max/mean"]]
+    pairs = any(row.top_pair_share is not None for row in summary.layers)
+    rows[0] += ["top 20 % pairs", "if independent"] if pairs else []
     for row in summary.layers:
-        table.add_row(
+        cells = [
             str(row.layer_id),
             f"{row.expert_max_over_mean:.2f}",
             f"{row.variation:.2f}",
             f"{row.top_expert_share:.1%}",
             f"{row.gpu_max_over_mean:.3f}",
-            "-" if row.top_pair_share is None else f"{row.top_pair_share:.1%}",
-            "-" if row.top_pair_share_independent is None else f"{row.top_pair_share_independent:.1%}",
-        )
-    out.print(table)
+        ]
+        shares = (row.top_pair_share, row.top_pair_share_independent) if pairs else ()
+        rows.append([*cells, *["-" if share is None else f"{share:.1%}" for share in shares]])
+    write_table(rows, right=range(len(rows[0])))
 
 
 def diff_table(change: Change) -> None:
@@ -229,17 +340,10 @@ def diff_table(change: Change) -> None:
     out = console()
     share = change.moved_copies / change.num_copies
     volume = "" if change.moved_bytes is None else f", {change.moved_bytes / 1e9:,.2f} GB"
-    out.print(f"{change.moved_copies:,} of {change.num_copies:,} copies move ({share:.1%}){volume}", markup=False)
-    table = Table("GPU", "arriving", "leaving", box=None, pad_edge=False)
+    say(f"{change.moved_copies:,} of {change.num_copies:,} copies move ({share:.1%}){volume}", out)
     arriving, leaving = change.arriving.sum(axis=0), change.leaving.sum(axis=0)
-    for gpu, (new, old) in enumerate(zip(arriving, leaving, strict=True)):
-        table.add_row(str(gpu), str(new), str(old))
-    out.print(table)
-
-
-def name_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a plain table."""
-    table = Table(*heads, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    console().print(table)
+    if not arriving.any() and not leaving.any():
+        return
+    rows = [["GPU", "arriving", "leaving"]]
+    rows += [[str(gpu), f"{new:,}", f"{old:,}"] for gpu, (new, old) in enumerate(zip(arriving, leaving, strict=True))]
+    write_table(rows, right=range(3))

@@ -6,13 +6,16 @@ it was raised. Commands are imported when they are called, so that ``--help`` is
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
+import signal
 import sys
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from moeplace.errors import MoeplaceError
 
@@ -27,13 +30,21 @@ COMMANDS = {
 }
 EPILOG = """\b
 Examples:
-  moeplace solve trace.jsonl -o placement.json
-  moeplace solve trace.npz --topology scale-out:2x8 --model deepseek-v3 --fit half:0 -o placement.json
-  moeplace score trace.npz placement.json linear --topology scale-out:2x8 --test half:0
   moeplace stats trace.npz
+  moeplace solve trace.jsonl -o placement.json
+  moeplace solve trace.npz -t scale-out:2x8 --fit half:0 -o placement.json
+  moeplace score trace.npz placement.json linear --test half:0
+
+\b
+Completion of commands and options, for bash (or zsh_source, fish_source):
+  eval "$(_MOEPLACE_COMPLETE=bash_source moeplace)"
 """
 EXIT_INPUT, EXIT_INTERRUPTED = 1, 130
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _ReaderLeftError(Exception):
+    """Standard output is a pipe whose reader left (``| head``)."""
 
 
 class LazyGroup(click.Group):
@@ -54,6 +65,13 @@ class LazyGroup(click.Group):
         """List commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; a reader that left is no error, and click must not turn it into one."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise _ReaderLeftError from error
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Suggest commands for a typo."""
@@ -88,6 +106,9 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    # a scheduler's SIGTERM removes temporary files and stops a solver just as Ctrl-C does
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + signal.SIGTERM))
     sys.exit(run(args))
 
 
@@ -95,30 +116,71 @@ def run(args: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = sys.argv[1:] if args is None else args
     debug = "--debug" in words or bool(os.environ.get("MOEPLACE_DEBUG"))
+    _open_closed_streams()
     try:
         result = cli.main(args=args, prog_name="moeplace", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.ClickException as error:
-        error.show()
+        _tell(_usage(error))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+        _tell("interrupted")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # the reader left (| head): point stdout elsewhere so that interpreter shutdown stays silent
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, _ReaderLeftError):
+        _silence_stdout()
         return 0
-    except MoeplaceError as error:
-        if debug:
-            raise
-        click.echo(f"error: {error}", err=True)
-        return error.exit_code
-    except MemoryError:
-        click.echo("error: out of memory\nhint: --phase, a shorter trace, or a machine with more", err=True)
-        return EXIT_INPUT
     except Exception as error:
         if debug:
             raise
-        click.echo(f"error: {type(error).__name__}: {error} (unexpected; --debug shows where)", err=True)
-        return EXIT_INPUT
+        _tell(_message(error))
+        if isinstance(error, OSError):
+            _silence_stdout()
+        return error.exit_code if isinstance(error, MoeplaceError) else EXIT_INPUT
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, MoeplaceError):
+        return f"error: {error}"
+    if isinstance(error, MemoryError):
+        return "error: out of memory\nhint: --phase, a shorter trace, or a machine with more"
+    if isinstance(error, OSError) and error.filename is None:
+        return f"error: standard output cannot be written: {error.strerror or error}"
+    return f"error: {type(error).__name__}: {error} (unexpected; --debug shows where)"
+
+
+def _usage(error: click.ClickException) -> str:
+    """A usage error in the form of every other: what is wrong, where the value came from, and where to read more."""
+    text, ctx = f"error: {error.format_message()}", getattr(error, "ctx", None)
+    if ctx is None:
+        return text
+    param = getattr(error, "param", None)
+    if isinstance(error, click.BadParameter) and param is not None and param.name:
+        source = ctx.get_parameter_source(param.name)
+        if source is ParameterSource.ENVIRONMENT:
+            text += f" (from the environment: {param.envvar})"
+        elif source is ParameterSource.DEFAULT_MAP:
+            text += " (from the --config file)"
+    return f"{text}\nhint: {ctx.command_path} --help explains every option"
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):  # standard error may be gone too
+        click.echo(text, err=True)
+
+
+def _open_closed_streams() -> None:
+    """Give the streams a caller closed something to write to: standard output fails, standard error is silent."""
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 # open as long as the process
+
+
+def _silence_stdout() -> None:
+    """Point standard output elsewhere, so that what is still buffered does not fail again at the end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

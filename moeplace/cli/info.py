@@ -19,6 +19,24 @@ Examples:
   moeplace doctor --json
 """
 KINDS = ("solvers", "topologies", "models", "accelerators", "formats")
+HEADS = {
+    "gpus": "GPUs",
+    "local_gb_per_s": "in node GB/s",
+    "nic_gb_per_s": "NIC GB/s",
+    "link_gb_per_s": "link GB/s",
+    "num_layers": "layers",
+    "num_moe_layers": "MoE layers",
+    "num_experts": "experts",
+    "top_k": "top-k",
+    "num_shared": "shared",
+    "expert_inner": "inner",
+    "num_groups": "groups",
+    "hbm_gb": "HBM GB",
+    "hbm_tb_per_s": "HBM TB/s",
+    "bf16_tflops": "BF16 TFLOPS",
+    "fp8_tflops": "FP8 TFLOPS",
+    "scale_up_gb_per_s": "scale-up GB/s",
+}
 PACKAGES = ("numpy", "scipy", "pulp", "ortools", "click", "rich", "numba", "orjson", "platformdirs", "backports.zstd")
 EXTRAS = {
     "plot": ("matplotlib",),
@@ -34,7 +52,7 @@ EXTRAS = {
 @common
 def list_command(kind: str, **options: Any) -> None:
     """List solvers, topologies, models, accelerators or formats."""
-    from moeplace.report import name_table, write_json
+    from moeplace.report import write_json, write_table
 
     rows = {
         "solvers": _solvers,
@@ -46,32 +64,42 @@ def list_command(kind: str, **options: Any) -> None:
     if options["as_json"]:
         write_json({"schema": "moeplace/list/1", "kind": kind, "entries": rows})
         return
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    name_table([head.replace("_", " ") for head in heads], [[_shown(row.get(head)) for head in heads] for row in rows])
+    if kind == "solvers":
+        _write_solvers(rows)
+        return
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_shown(row.get(key)) for key in keys] for row in rows]
+    numeric = [i for i, key in enumerate(keys) if all(isinstance(row.get(key), int | float | None) for row in rows)]
+    write_table([[HEADS.get(key, key.replace("_", " ")) for key in keys], *cells], right=numeric)
+
+
+def _write_solvers(rows: list[dict[str, Any]]) -> None:
+    from moeplace.report import console, write_lines
+
+    lines: dict[str, str] = {}
+    for row in rows:
+        lines[row["name"]] = row["description"]
+        lines |= {f"  --option {key}=…": text for key, text in row["options"].items()}
+    write_lines(lines, console())
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return "; ".join(f"{key}: {text}" for key, text in value.items())
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _solvers() -> list[dict[str, Any]]:
-    from moeplace.solvers import list_solvers, load_solver
+    from moeplace.solvers import AUTO, list_solvers, load_solver
 
-    modules = {name: load_solver(name) for name in list_solvers()}
-    auto: dict[str, Any] = {
-        "name": "auto",
-        "description": "tries what suits the size and keeps the best",
-        "options": {},
-    }
-    return [
-        auto,
-        *[
-            {"name": name, "description": module.DESCRIPTION, "options": dict(module.OPTIONS)}
-            for name, module in modules.items()
-        ],
+    rows: list[dict[str, Any]] = [
+        {"name": AUTO, "description": "tries what suits the size and keeps the best", "options": {}}
     ]
+    for name in list_solvers():
+        try:
+            module = load_solver(name)
+            rows.append({"name": name, "description": module.DESCRIPTION, "options": dict(module.OPTIONS)})
+        except Exception as error:  # another package's solver may not load: the others are listed all the same
+            rows.append({"name": name, "description": f"does not load: {error}", "options": {}})
+    return rows
 
 
 def _topologies() -> list[dict[str, Any]]:
@@ -128,8 +156,11 @@ def _formats() -> list[dict[str, Any]]:
 
 @click.command("doctor", epilog=DOCTOR_EPILOG)
 @common
-def doctor_command(**options: Any) -> None:
-    """Show versions, optional parts, and whether the solvers work here; paste it into a bug report."""
+def doctor_command(**options: Any) -> int:
+    """Show versions, optional parts, and whether the solvers work here; paste it into a bug report.
+
+    Exits with 1 where a solver or the compiled kernels do not work.
+    """
     import os
     import platform
     from importlib import metadata
@@ -145,11 +176,13 @@ def doctor_command(**options: Any) -> None:
     for extra, packages in EXTRAS.items():
         missing = [name for name in packages if _version(name) == "missing"]
         lines[f"extra {extra}"] = f"missing {', '.join(missing)}: pip install 'moeplace[{extra}]'" if missing else "ok"
-    lines |= {"CBC": _works(_try_cbc), "CP-SAT": _works(_try_cpsat), "compiled kernels": _works(_try_numba)}
+    probes = {"CBC": _works(_try_cbc), "CP-SAT": _works(_try_cpsat), "compiled kernels": _works(_try_numba)}
+    lines |= probes
     if options["as_json"]:
         write_json({"schema": "moeplace/doctor/1", **lines})
-        return
-    write_lines(lines, console())
+    else:
+        write_lines(lines, console())
+    return 0 if all(text.startswith("ok") for text in probes.values()) else 1
 
 
 def _version(name: str) -> str:
@@ -169,15 +202,11 @@ def _works(attempt: Any) -> str:
 
 
 def _try_cbc() -> str:
-    from moeplace.milp import LinearModel, solve_cbc
-
-    return _solve_tiny(LinearModel, solve_cbc)
+    return _solve_tiny("cbc")
 
 
 def _try_cpsat() -> str:
-    from moeplace.milp import LinearModel, solve_cpsat
-
-    return _solve_tiny(LinearModel, solve_cpsat)
+    return _solve_tiny("cpsat")
 
 
 def _try_numba() -> str:
@@ -189,5 +218,21 @@ def _try_numba() -> str:
     return ""
 
 
-def _solve_tiny(make: Any, solve: Any) -> str:
-    raise NotImplementedError
+def _solve_tiny(name: str) -> str:
+    """Solve a knapsack of three things and check the answer: 4 + 3 is the cheapest weight of at least 7."""
+    from moeplace.errors import SolverError
+    from moeplace.milp import Budget, LinearModel, backend
+    from moeplace.solution import Status
+
+    weights, costs = (5.0, 4.0, 3.0), (6.0, 5.0, 4.0)
+    model = LinearModel()
+    take = [model.binary(f"take{i}") for i in range(3)]
+    model.add(zip(take, weights, strict=True), lower=7)
+    model.minimise(zip(take, costs, strict=True))
+    result = backend(name)(model, Budget(time_limit_s=60), None)
+    found = None if result.values is None else [round(float(value)) for value in result.values]
+    if found != [0, 1, 1] or result.status is not Status.OPTIMAL:
+        raise SolverError(
+            f"{name} answers {found}, {result.status}", rule="the optimum of a tiny knapsack is [0, 1, 1]"
+        )
+    return ""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,8 +41,9 @@ def choices_of(options: dict[str, Any]) -> Choices:
         num_gpus=options.get("num_gpus"),
         redundant=options.get("num_redundant_experts"),
         slots_per_gpu=options.get("slots_per_gpu"),
-        dataflow=options["dataflow"],
+        dataflow=options.get("dataflow") or "dispatch-combine",
         objective=options.get("objective") or "step-time",
+        risk=options.get("risk") or "mean",
         copies_level=options.get("copies_level") or "gpu",
         whole_model=options.get("equal_experts") == "model",
         load_cap=options.get("load_cap"),
@@ -48,6 +52,18 @@ def choices_of(options: dict[str, Any]) -> Choices:
         batch_tokens=options.get("batch_tokens"),
         baseline=baseline,
     )
+
+
+def check_paths(inputs: Sequence[str | None], output: str | None, *, keep: Sequence[str] = ()) -> None:
+    """Refuse a second reader of standard input, an empty output name, and an output that is one of ``keep``."""
+    if sum(name == "-" for name in inputs) > 1:
+        raise click.UsageError("standard input can be read once: give - for one input only")
+    if output == "":
+        raise click.UsageError("the output has no name: give a file, or - for standard output")
+    for name in keep:
+        with contextlib.suppress(OSError):
+            if output not in (None, "-") and os.path.samefile(name, str(output)):
+                raise click.UsageError(f"{output} is the input: name another output")
 
 
 def warn(sentences: tuple[str, ...], *, quiet: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import tomllib
@@ -49,6 +50,40 @@ class Share(click.ParamType):  # type: ignore[type-arg] # generic since click 8.
         return share
 
 
+class Requirement(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
+    """``optimal``, or the largest gap that will do."""
+
+    name = "optimal|gap"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | float:
+        """Read ``optimal`` or a gap."""
+        if str(value).strip().lower() == "optimal":
+            return "optimal"
+        try:
+            return Share().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r} is neither 'optimal' nor a gap such as 1%", param, ctx)
+
+
+class Whole(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
+    """A whole number of at least ``low``."""
+
+    name = "n"
+
+    def __init__(self, low: int) -> None:
+        self.low = low
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read a whole number."""
+        try:
+            number = int(str(value).replace("_", ""))
+        except ValueError:
+            number = self.low - 1
+        if number < self.low:
+            self.fail(f"{value!r} is not a whole number of at least {self.low}", param, ctx)
+        return number
+
+
 class KeyValue(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
     """``KEY=VALUE``."""
 
@@ -74,24 +109,52 @@ def option(*names: str, **settings: Any) -> Callable[[Command], Command]:
 
 
 def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Take defaults from a TOML file: options of any command on top, those of one command in a table of its name."""
     if value is None:
         return
     try:
         table = tomllib.loads(Path(value).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise click.BadParameter(f"{value}: {error}", ctx, param) from error
-    known = {name: item for item in ctx.command.params for name in _spellings(item)}
+        reason = error.strerror if isinstance(error, OSError) else f"not TOML: {error}"
+        raise click.BadParameter(f"{value}: {reason}", ctx, param) from error
+    commands = _commands(ctx)
+    own = {name: item for item in ctx.command.params for name in _spellings(item)}
+    shared = {name for command in commands.values() for item in command.params for name in _spellings(item)}
     chosen: dict[str, Any] = {}
-    for key, setting in table.items():
-        item = known.get(key.replace("_", "-"))
-        if item is None or item.name in ("config", None):
-            raise click.BadParameter(f"{value}: {ctx.command.name} has no option {key!r}", ctx, param)
-        chosen[str(item.name)] = setting
+    sections = [(key, table.pop(key)) for key in list(table) if key in commands and isinstance(table[key], dict)]
+    for section, settings in [("", table), *sections]:
+        known = {name for item in commands[section].params for name in _spellings(item)} if section else shared
+        for key, setting in settings.items():
+            name = key.replace("_", "-")
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=2)
+                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                where = section or "moeplace"
+                raise click.BadParameter(f"{value}: {where} has no option {key!r}{hint}", ctx, param)
+            if name in own and section in ("", ctx.command.name):
+                chosen[str(own[name].name)] = _setting(own[name], setting)
     ctx.default_map = {**(ctx.default_map or {}), **chosen}
 
 
+def _commands(ctx: click.Context) -> dict[str, click.Command]:
+    """Every command by name; only the one that runs where it stands alone."""
+    group = ctx.parent.command if ctx.parent else None
+    if ctx.parent is None or not isinstance(group, click.Group):
+        return {str(ctx.command.name): ctx.command}
+    found = {name: group.get_command(ctx.parent, name) for name in group.list_commands(ctx.parent)}
+    return {name: command for name, command in found.items() if command is not None}
+
+
+def _setting(item: click.Parameter, setting: Any) -> Any:
+    if isinstance(setting, dict):
+        return [f"{key}={value}" for key, value in setting.items()]
+    return [setting] if item.multiple and not isinstance(setting, list) else setting
+
+
 def _spellings(item: click.Parameter) -> list[str]:
-    return [name.lstrip("-") for name in item.opts if name.startswith("--")]
+    """Long names of an option, without those that make no sense in a file."""
+    names = [name.lstrip("-") for name in item.opts if name.startswith("--")]
+    return [name for name in names if name not in ("config", "help", "debug")]
 
 
 def common(command: Command) -> Command:
@@ -101,17 +164,11 @@ def common(command: Command) -> Command:
         click.option(
             "--config",
             type=click.Path(dir_okay=False),
+            envvar="MOEPLACE_CONFIG",
             is_eager=True,
             expose_value=False,
             callback=_read_config,
-            help="TOML file of options (keys are long option names).",
-        ),
-        option(
-            "--threads",
-            type=click.IntRange(1),
-            default=lambda: os.cpu_count() or 1,
-            show_default="all cores",
-            help="Threads; the result does not depend on them.",
+            help="TOML file of options by their long names; [solve], [score], … hold those of one command.",
         ),
         option("--verbose", "-v", is_flag=True, help="Write the log to standard error even if it is not a terminal."),
         option("--quiet", "-q", is_flag=True, help="Write nothing but results and errors."),
@@ -121,12 +178,23 @@ def common(command: Command) -> Command:
     return command
 
 
+threads = option(
+    "--threads",
+    type=Whole(1),
+    default=lambda: os.cpu_count() or 1,
+    show_default="all cores",
+    help="Threads; the result does not depend on them.",
+)
+
+
 def trace_input(command: Command) -> Command:
     """Add the trace argument and how it is read."""
     for decorate in (
-        option("--skip-bad", type=click.IntRange(0), default=0, help="Skip up to this many bad rows, with a warning."),
-        option("--input-format", help="Format of the trace; default: by content (moeplace list formats)."),
-        option("--model", help="Model preset, Hugging Face id or TOML file (moeplace list models)."),
+        option("--skip-bad", type=Whole(0), default=0, help="Skip up to this many bad rows, with a warning."),
+        option(
+            "--input-format", metavar="NAME", help="Format of the trace; default: by content (moeplace list formats)."
+        ),
+        option("--model", metavar="NAME", help="Model preset, Hugging Face id or TOML file (moeplace list models)."),
         click.argument("trace", type=click.Path(allow_dash=True)),
     ):
         command = decorate(command)
@@ -136,9 +204,14 @@ def trace_input(command: Command) -> Command:
 def hardware(command: Command) -> Command:
     """Add what the GPUs and their network are."""
     for decorate in (
-        option("--num-gpus", "--ep-size", "num_gpus", type=click.IntRange(1), help="GPUs; alone: one scale-up domain."),
-        option("--accelerator", help="Accelerator preset or TOML file (moeplace list accelerators)."),
-        option("--topology", "-t", help="Preset, TOML file or KIND:DIMS, e.g. scale-up:8, scale-out:2x8."),
+        option("--num-gpus", "--ep-size", "num_gpus", type=Whole(1), help="GPUs; alone: one scale-up domain."),
+        option("--accelerator", metavar="NAME", help="Accelerator preset or TOML file (moeplace list accelerators)."),
+        option(
+            "--topology",
+            "-t",
+            metavar="NAME",
+            help="Preset, TOML file or KIND:DIMS, e.g. scale-up:8, scale-out:2x8 (moeplace list topologies).",
+        ),
     ):
         command = decorate(command)
     return command
@@ -147,8 +220,12 @@ def hardware(command: Command) -> Command:
 def batch_law(command: Command) -> Command:
     """Add the batch law and the dataflow."""
     for decorate in (
-        option("--batch-tokens", type=click.IntRange(1), help="Consecutive tokens of each request in a step."),
-        option("--batch-requests", type=click.IntRange(1), help="Requests in a step, over all GPUs."),
+        option("--batch-tokens", type=Whole(1), help="Consecutive tokens of each request in a step; default 1, 128."),
+        option(
+            "--batch-requests",
+            type=Whole(1),
+            help="Requests in a step, over all GPUs; default 256 in decode, 64 in prefill.",
+        ),
         option("--phase", type=click.Choice(["prefill", "decode"]), help="Use only tokens of this phase."),
         option(
             "--dataflow",

@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from moeplace.cli.inputs import choices_of, open_source, warn
-from moeplace.cli.options import batch_law, common, option, trace_input
-
-if TYPE_CHECKING:
-    from moeplace.placement import Placement
-    from moeplace.topology import Topology
-    from moeplace.trace import Counts, TraceStream
+from moeplace.cli.inputs import check_paths, choices_of, open_source, warn
+from moeplace.cli.options import Whole, batch_law, common, option, threads, trace_input
 
 SCORE_EPILOG = """\b
 Examples:
-  moeplace score trace.npz placement.json --topology scale-out:2x8 --test half:0
-  moeplace score trace.npz a.json b.json linear --topology scale-up:8 --topology scale-out:2x4
-  moeplace score counts.json linear --num-gpus 64 --json | jq '.scores[0].step_time_us.p99'
+  moeplace score trace.npz placement.json linear --test half:0
+  moeplace score trace.npz a.json b.json linear -t scale-up:8 -t scale-out:2x4
+  moeplace score trace.npz a.json linear --phase decode --batches 1000
+  moeplace score counts.json linear --num-gpus 64 --json | jq '.scores[0]'
 """
 DIFF_EPILOG = """\b
 Examples:
   moeplace diff old.json new.json
   moeplace diff old.json new.json --model deepseek-v3 --json
 """
-BUILT_IN = ("linear",)
 
 
 @click.command("score", epilog=SCORE_EPILOG)
 @trace_input
 @click.argument("placements", nargs=-1, required=True)
-@option("--topology", "-t", "topologies", multiple=True, help="Preset, file or KIND:DIMS; may be repeated.")
-@option("--accelerator", help="Accelerator preset or TOML file.")
-@option("--num-gpus", "--ep-size", "num_gpus", type=click.IntRange(1), help="GPUs; alone: one scale-up domain.")
-@option("--test", help="Score on what a split leaves out: half:SEED, domain:NAME,… or time:FRACTION.")
-@option("--batches", type=click.IntRange(2), help="Steps to draw; default 300.")
-@option("--seed", type=click.IntRange(0), default=0, help="Seed of the draw.")
+@option(
+    "--topology",
+    "-t",
+    "topologies",
+    metavar="NAME",
+    multiple=True,
+    help="Preset, TOML file or KIND:DIMS; may be repeated. Default: what the placement files name.",
+)
+@option("--accelerator", metavar="NAME", help="Accelerator preset or TOML file (moeplace list accelerators).")
+@option("--num-gpus", "--ep-size", "num_gpus", type=Whole(1), help="GPUs; alone: one scale-up domain.")
+@option("--test", metavar="SPLIT", help="Score on what a split leaves out: half:SEED, domain:NAME,… or time:FRACTION.")
+@option("--batches", type=Whole(2), show_default="300", help="Steps to draw.")
+@option("--seed", type=Whole(0), default=0, help="Seed of the draw.")
 @batch_law
+@threads
 @common
 def score_command(
     trace: str, placements: tuple[str, ...], topologies: tuple[str, ...], test: str | None, **options: Any
@@ -49,76 +52,45 @@ def score_command(
     over steps, with 95 % intervals. Times are model outputs for the MoE layers (experts, dispatch, combine), not
     measurements.
     """
-    from moeplace.build import model_for
+    from moeplace.contest import build_contest, score_sentences
     from moeplace.report import score_tables, write_json
     from moeplace.scoring import score, scores_to_dict
+    from moeplace.trace import Counts
 
-    loaded = _load(placements)
+    check_paths([trace, *placements], None)
+    choices = choices_of(options)
     source = open_source(trace, options, split=test, part="test")
-    places = _topologies(topologies, options, loaded)
-    labelled = {label: placed or _linear(source, places[0]) for label, placed in loaded.items()}
-    model = model_for(source.meta, options["model"])
-    law = {name: options[f"batch_{name}"] for name in ("requests", "tokens")}
+    contest = build_contest(source, placements, choices, topologies=topologies, batches=options["batches"])
     scores = score(
         source,
-        labelled,
-        places,
-        model,
-        **{**law, **{name: options[name] for name in ("phase", "dataflow", "batches", "seed", "threads")}},
+        contest.placements,
+        contest.topologies,
+        contest.model,
+        requests=options["batch_requests"],
+        tokens=options["batch_tokens"],
+        **{name: options[name] for name in ("phase", "dataflow", "batches", "seed", "threads")},
     )
+    said = (*source.meta.assumptions, *contest.assumptions, *score_sentences(scores, source, choices))
+    warn(said, quiet=options["quiet"])
     if options["as_json"]:
         write_json(scores_to_dict(scores))
-        return
-    warn(source.meta.assumptions, quiet=options["quiet"])
-    score_tables(scores, model)
-
-
-def _load(names: tuple[str, ...]) -> dict[str, Placement | None]:
-    """Label → placement; None for names computed from the trace's shape. Labels are file names, made unique."""
-    from pathlib import Path
-
-    from moeplace.exporters import read_placement
-
-    loaded: dict[str, Placement | None] = {}
-    for name in names:
-        built_in = name in BUILT_IN and not Path(name).exists()
-        label = name if built_in or name == "-" else Path(name).stem
-        if label in loaded:
-            label = name
-        loaded[label] = None if built_in else read_placement(name).placement
-    return loaded
-
-
-def _topologies(specs: tuple[str, ...], options: dict[str, Any], loaded: dict[str, Placement | None]) -> list[Topology]:
-    from moeplace.build import topology_for
-
-    sizes = {placed.num_gpus for placed in loaded.values() if placed is not None}
-    if not specs and options["num_gpus"] is None and len(sizes) == 1:
-        options = options | {"num_gpus": sizes.pop()}
-    return [topology_for(choices_of(options | {"topology": spec})) for spec in specs or (None,)]
-
-
-def _linear(source: TraceStream | Counts, topology: Topology) -> Placement:
-    from moeplace.problem import slots_for
-    from moeplace.solvers.linear import contiguous
-
-    experts = source.meta.num_experts
-    return contiguous(slots_for(experts, topology.num_gpus), source.meta.num_layers, experts)
+    else:
+        score_tables(scores, contest.model, recorded=isinstance(source, Counts))
 
 
 @click.command("diff", epilog=DIFF_EPILOG)
-@click.argument("before", type=click.Path())
-@click.argument("after", type=click.Path())
-@option("--model", help="Model preset or TOML file, for the bytes moved; default: the one the file names.")
+@click.argument("before", type=click.Path(allow_dash=True))
+@click.argument("after", type=click.Path(allow_dash=True))
+@option("--model", metavar="NAME", help="Model preset or TOML file, for the bytes moved; default: what AFTER names.")
 @common
 def diff_command(before: str, after: str, **options: Any) -> None:
     """Compare two placements: which experts each GPU must newly load, and how many bytes that is."""
-    from moeplace.diff import compare_placements
+    from moeplace.contest import compare_files
     from moeplace.exporters import read_placement
     from moeplace.report import diff_table, write_json
 
-    first, second = read_placement(before), read_placement(after)
-    change = compare_placements(first, second, model=options["model"])
+    check_paths([before, after], None)
+    change = compare_files(read_placement(before), read_placement(after), model=options["model"])
     if options["as_json"]:
         write_json(change.to_dict())
     else:

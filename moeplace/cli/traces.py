@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from moeplace.cli.inputs import choices_of, open_source, warn
-from moeplace.cli.options import common, hardware, option, trace_input
+from moeplace.cli.inputs import check_paths, choices_of, open_source, warn
+from moeplace.cli.options import common, hardware, option, threads, trace_input
 
 STATS_EPILOG = """\b
 Examples:
@@ -26,7 +26,8 @@ Examples:
 @trace_input
 @hardware
 @option("--phase", type=click.Choice(["prefill", "decode"]), help="Use only tokens of this phase.")
-@option("--fit", help="Use the fit part of a split: half:SEED, domain:NAME,… or time:FRACTION.")
+@option("--fit", metavar="SPLIT", help="Use the fit part of a split: half:SEED, domain:NAME,… or time:FRACTION.")
+@threads
 @common
 def stats_command(trace: str, fit: str | None, **options: Any) -> None:
     """Show what a routing trace says.
@@ -36,35 +37,26 @@ def stats_command(trace: str, fit: str | None, **options: Any) -> None:
     give.
     """
     from moeplace.affinity import count_routing
-    from moeplace.build import topology_for
+    from moeplace.build import describe_trace, topology_for
     from moeplace.report import stats_tables, write_json
     from moeplace.summary import summarise_trace
 
     source = open_source(trace, options, split=fit)
     stats = count_routing(source, threads=options["threads"])
-    topology = topology_for(choices_of(options | {"dataflow": "dispatch-combine"}), stats)
+    topology = topology_for(choices_of(options), stats)
     summary = summarise_trace(stats, topology.num_gpus)
+    warn(source.meta.assumptions, quiet=options["quiet"])
     if options["as_json"]:
         write_json(summary.to_dict())
         return
-    warn(source.meta.assumptions, quiet=options["quiet"])
-    kind = "tokens" if stats.has_tokens else "tokens (counts only: load can be optimised, affinity cannot be seen)"
-    stats_tables(
-        summary,
-        {
-            "trace": f"{stats.num_tokens:,} {kind}",
-            "requests": f"{stats.num_requests:,}" if stats.num_requests else "unknown",
-            "experts": f"{stats.meta.num_layers} MoE layers × {stats.meta.num_experts}, top-{stats.meta.top_k}",
-            "digest": stats.trace_digest[:16],
-        },
-    )
+    stats_tables(summary, describe_trace(stats, topology.num_gpus))
 
 
 @click.command("convert", epilog=CONVERT_EPILOG)
 @trace_input
 @click.argument("output", type=click.Path(allow_dash=True))
 @option("--phase", type=click.Choice(["prefill", "decode"]), help="Keep only tokens of this phase.")
-@option("--part", help="Keep a part of a split: half:SEED, domain:NAME,… or time:FRACTION.")
+@option("--part", metavar="SPLIT", help="Keep a part of a split: half:SEED, domain:NAME,… or time:FRACTION.")
 @option("--keep", type=click.Choice(["fit", "test"]), default="fit", help="Which part of the split to keep.")
 @option("--to", "output_format", type=click.Choice(["jsonl", "npz"]), help="Output format; default: by the name.")
 @common
@@ -73,8 +65,18 @@ def convert_command(trace: str, output: str, part: str | None, keep: str, **opti
 
     OUTPUT ends in .npz, .jsonl, .jsonl.gz or .jsonl.zst; the same input always gives the same bytes.
     """
+    from moeplace.report import write_json
     from moeplace.writers import write_trace
 
+    check_paths([], output, keep=[trace])
+    if output == "-" and options["as_json"]:
+        raise click.UsageError("--json and the trace cannot both go to standard output: name the output")
     source = open_source(trace, options, split=part, part=keep)
     write_trace(source, output, format=options["output_format"])
     warn(source.meta.assumptions, quiet=options["quiet"])
+    if options["as_json"]:
+        meta = source.meta
+        shape = {"num_layers": meta.num_layers, "num_experts": meta.num_experts, "top_k": meta.top_k}
+        write_json(
+            {"schema": "moeplace/convert/1", **shape, "model_id": meta.model_id, "notes": list(meta.assumptions)}
+        )

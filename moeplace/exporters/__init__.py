@@ -24,8 +24,8 @@ class Exporter(Protocol):
     def write(self, document: PlacementFile, file: IO[bytes]) -> None:
         """Write a placement; the same document always gives the same bytes."""
 
-    def sniff(self, head: bytes) -> bool:
-        """Whether the first bytes of a file look like this format."""
+    def sniff(self, data: bytes) -> bool:
+        """Whether a file's content looks like this format."""
 
     def read(self, data: bytes, name: str) -> PlacementFile:
         """Read a placement back."""
@@ -71,10 +71,11 @@ def read_placement(path: str | Path) -> PlacementFile:
         data = stream.read()
     for name in list_placement_formats():
         exporter = load_exporter(name)
-        if exporter.sniff(data[:4096]):
+        if exporter.sniff(data):
             return exporter.read(data, str(path))
     raise InputError(
-        f"{path}: not a placement file",
-        rule=f"one of the formats {', '.join(list_placement_formats())}",
+        "is not a placement file" if data.strip() else "is empty",
+        rule=f"a placement file has one of the formats: {', '.join(list_placement_formats())}",
         hint="moeplace solve TRACE -o placement.json writes one",
+        where=str(path),
     )

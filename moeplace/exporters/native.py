@@ -6,16 +6,18 @@ JSON with sorted keys and fixed precision, one line per layer, and nothing that 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import IO, Any
 
-from moeplace.errors import InputError, Location, PlacementError
+from moeplace.diff import move_terms
+from moeplace.errors import InfeasibleError, InputError, Location, NothingFoundError, PlacementError
 from moeplace.objective import Term
 from moeplace.placement import EMPTY, Placement
 from moeplace.problem import Problem
-from moeplace.solution import Limits, Solution, Stage
+from moeplace.solution import Limits, Solution, Stage, Status
 
 DESCRIPTION = "moeplace's own JSON, with bound, terms and provenance"
 SCHEMA = "moeplace/placement/1"
@@ -46,13 +48,14 @@ def document_of(problem: Problem, solution: Solution, limits: Limits | None = No
 
     Raises
     ------
-    PlacementError
-        The solution has no placement.
+    InfeasibleError, NothingFoundError
+        The solution has no placement: proven to have none, or none was found.
     """
     if solution.placement is None:
-        raise PlacementError(f"{solution.solver} found no placement", rule="only a placement can be written")
+        raise _without_placement(solution)
     limits = limits or Limits()
     meta = problem.stats.meta
+    terms = {**solution.terms, **move_terms(problem, solution.placement)}
     details = {
         "schema": SCHEMA,
         "model": {
@@ -67,7 +70,6 @@ def document_of(problem: Problem, solution: Solution, limits: Limits | None = No
             "num_gpus": problem.num_gpus,
             "digest": problem.topology.digest(),
         },
-        "batch": {"phase": problem.law.phase, "requests": problem.law.requests, "tokens": problem.law.tokens},
         "dataflow": problem.dataflow,
         "routing": "even",
         "objective": {"name": problem.objective, "value": _round(solution.objective), "unit": solution.unit},
@@ -75,19 +77,36 @@ def document_of(problem: Problem, solution: Solution, limits: Limits | None = No
         "gap": _round(solution.gap),
         "status": str(solution.status),
         "stop_reason": str(solution.stop_reason),
-        "terms": {name: _term(term) for name, term in solution.terms.items()},
-        "stages": [_stage(stage) for stage in solution.stages],
-        "notes": list(solution.notes),
+        "terms": {name: _term(term) for name, term in terms.items()},
         "provenance": {
             "version": metadata.version("moeplace"),
             "trace_digest": problem.stats.trace_digest,
             "solver": solution.solver,
             "seed": solution.seed,
-            "limits": {"time_limit_s": limits.time_limit_s, "gap": limits.gap, "work": limits.work},
+            "limits": {
+                "time_limit_s": limits.time_limit_s if math.isfinite(limits.time_limit_s) else None,
+                "gap": limits.gap,
+                "work": limits.work,
+            },
             "options": dict(sorted(limits.options.items())),
+            "batch": {"phase": problem.law.phase, "requests": problem.law.requests, "tokens": problem.law.tokens},
+            "stages": [_stage(stage) for stage in solution.stages],
+            "notes": list(solution.notes),
         },
     }
     return PlacementFile(placement=solution.placement, layer_ids=meta.layer_ids, details=details)
+
+
+def _without_placement(solution: Solution) -> InfeasibleError | NothingFoundError:
+    # the last note is the one that says why
+    why = solution.notes[-1] if solution.notes else "no placement was found"
+    if solution.status is Status.INFEASIBLE:
+        return InfeasibleError(f"{solution.solver}: {why}", hint="loosen --load-cap, or add slots")
+    return NothingFoundError(
+        f"no placement: {why} (stopped: {solution.stop_reason})",
+        rule="a placement keeps every constraint",
+        hint="a looser --load-cap, more slots, a longer --time-limit, or another --solver",
+    )
 
 
 def write(document: PlacementFile, file: IO[bytes]) -> None:
@@ -107,15 +126,20 @@ def write(document: PlacementFile, file: IO[bytes]) -> None:
 
 
 def ragged(placement: Placement) -> list[list[list[int]]]:
-    """``[layer][GPU][slot]`` lists; slots beyond a GPU's last used one in every layer are left out."""
-    widths = (placement.slots != EMPTY).any(axis=0)
-    last = [int(used.nonzero()[0].max(initial=-1)) + 1 for used in widths]
+    """``[layer][GPU][slot]`` lists without the padding: slots beyond a GPU's last used one in every layer.
+
+    Where even the fullest GPU has such slots they are no padding but room, and are kept, so that reading restores them.
+    """
+    used = (placement.slots != EMPTY).any(axis=0)
+    last = [int(gpu.nonzero()[0].max(initial=-1)) + 1 for gpu in used]
+    if max(last) < placement.max_slots:
+        return placement.to_lists()
     return [[gpu[: last[g]] for g, gpu in enumerate(layer)] for layer in placement.to_lists()]
 
 
-def sniff(head: bytes) -> bool:
-    """Whether a file starts like a native placement."""
-    return head.lstrip().startswith(b"{") and (b"moeplace/placement/" in head or b'"slots"' in head)
+def sniff(data: bytes) -> bool:
+    """Whether a file looks like a native placement."""
+    return data.lstrip().startswith(b"{") and (b"moeplace/placement/" in data or b'"slots"' in data)
 
 
 def read(data: bytes, name: str) -> PlacementFile:
@@ -128,9 +152,10 @@ def read(data: bytes, name: str) -> PlacementFile:
     """
     try:
         document = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         where = Location(file=name, line=getattr(error, "lineno", None), column=getattr(error, "colno", None))
-        raise InputError(f"not JSON: {error}", rule="a placement file is a JSON object", where=where) from error
+        what = "not JSON" if isinstance(error, UnicodeDecodeError) else f"not JSON: {getattr(error, 'msg', error)}"
+        raise InputError(what, rule="a placement file is a JSON object", where=where) from error
     schema = document.get("schema", SCHEMA) if isinstance(document, dict) else None
     if schema != SCHEMA:
         raise InputError(f"schema {schema!r}", rule=f"this version reads {SCHEMA}", where=name)
@@ -146,19 +171,24 @@ def read(data: bytes, name: str) -> PlacementFile:
         placement = Placement.from_lists(slots, experts)
     except PlacementError as error:
         raise PlacementError(error.what, rule=error.rule, hint=error.hint, where=name) from error
-    layer_ids = tuple(document.get("layer_ids") or range(placement.num_layers))
-    if len(layer_ids) != placement.num_layers:
-        raise InputError(f"{len(layer_ids)} layer ids", rule=f"slots have {placement.num_layers} layers", where=name)
+    layer_ids = document.get("layer_ids", list(range(placement.num_layers)))
+    if not isinstance(layer_ids, list) or [type(x) for x in layer_ids] != [int] * placement.num_layers:
+        rule = f"a list of integers, one for each of the {placement.num_layers} layers of slots"
+        raise InputError(f"layer_ids is {_compact(layer_ids)[:60]}", rule=rule, where=name)
     details = {key: value for key, value in document.items() if key not in ("slots", "layer_ids")}
-    return PlacementFile(placement=placement, layer_ids=layer_ids, details=details)
+    return PlacementFile(placement=placement, layer_ids=tuple(layer_ids), details=details)
 
 
 def _is_nested_ints(slots: Any) -> bool:
     return isinstance(slots, list) and all(
         isinstance(layer, list)
-        and all(isinstance(gpu, list) and all(type(expert) is int for expert in gpu) for gpu in layer)
+        and all(isinstance(gpu, list) and all(_is_id(expert) for expert in gpu) for gpu in layer)
         for layer in slots
     )
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**62  # what an array of integers holds; its range is checked later
 
 
 def _compact(value: Any) -> str:

@@ -1,0 +1,202 @@
+"""From names to what a score needs: placements side by side, the hardware and the model they are judged on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moeplace.build import Choices, check_law, law_sentences, model_for, model_sentence, preset_for, topology_for
+from moeplace.diff import Change, compare_placements
+from moeplace.errors import InputError, ProblemError, UnknownNameError, unknown_name
+from moeplace.exporters import read_placement
+from moeplace.exporters.native import PlacementFile
+from moeplace.model import ModelSpec, load_model
+from moeplace.placement import Placement
+from moeplace.problem import slots_for
+from moeplace.scoring import Score
+from moeplace.solvers.linear import contiguous
+from moeplace.topology import Topology, load_topology
+from moeplace.trace import Counts, TraceMeta, TraceStream
+
+LINEAR = "linear"
+BUILT_IN = (LINEAR,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contest:
+    """Placements to be judged, and on what.
+
+    Attributes
+    ----------
+    placements
+        Label → placement, in the order given.
+    topologies, model
+        Where they are judged.
+    assumptions
+        What was not said but assumed, one sentence each.
+    """
+
+    placements: Mapping[str, Placement]
+    topologies: tuple[Topology, ...]
+    model: ModelSpec
+    assumptions: tuple[str, ...]
+
+
+def build_contest(
+    source: TraceStream | Counts,
+    names: Sequence[str],
+    choices: Choices | None = None,
+    *,
+    topologies: Sequence[str] = (),
+    batches: int | None = None,
+) -> Contest:
+    """Load what is to be scored.
+
+    Parameters
+    ----------
+    source
+        The trace they are scored on.
+    names
+        Placement files, or ``linear`` for the contiguous placement of the trace's experts.
+    choices
+        Model, accelerator, number of GPUs and batch law, where they are fixed.
+    topologies
+        Names or files; by default what the placement files name.
+    batches
+        Steps to draw, where that is fixed.
+
+    Raises
+    ------
+    InputError, ProblemError
+        A file cannot be read, or the parts do not fit together.
+    """
+    choices = choices or Choices()
+    check_law(source, requests=choices.batch_requests, tokens=choices.batch_tokens, batches=batches)
+    files = _load(names)
+    known = [file for file in files.values() if file is not None]
+    places, said = _topologies(topologies, choices, known)
+    model = _model(source.meta, choices.model, known, said)
+    said += _other_dataflows(files, choices.dataflow)
+    gpus, meta = places[0].num_gpus, source.meta
+    linear = contiguous(slots_for(meta.num_experts, gpus), meta.num_layers, meta.num_experts)
+    return Contest(
+        placements={label: linear if file is None else file.placement for label, file in files.items()},
+        topologies=tuple(places),
+        model=model,
+        assumptions=tuple(said),
+    )
+
+
+def compare_files(before: PlacementFile, after: PlacementFile, *, model: str | None = None) -> Change:
+    """Compare two placement files; bytes are those of ``model``, else of the preset the second file names."""
+    spec = load_model(model) if model is not None else _preset_of(after)
+    return compare_placements(
+        before.placement,
+        after.placement,
+        layer_ids=after.layer_ids,
+        expert_bytes=None if spec is None else float(spec.expert_weight_bytes),
+    )
+
+
+def score_sentences(scores: Sequence[Score], source: TraceStream | Counts, choices: Choices) -> tuple[str, ...]:
+    """What a score says about its steps: where the default batch law was cut down to what the trace has."""
+    if isinstance(source, Counts):
+        return ("counts have no tokens to draw steps from: the steps are the recorded ones",)
+    laws = dict.fromkeys((entry.law.phase, entry.law.requests, entry.law.tokens) for entry in scores)
+    first = {entry.law.phase: entry.law for entry in scores}
+    asked = {"requests": choices.batch_requests, "tokens": choices.batch_tokens}
+    return tuple(line for phase, _, _ in laws for line in law_sentences(first[phase], **asked))
+
+
+def _load(names: Sequence[str]) -> dict[str, PlacementFile | None]:
+    """Label → file; None for names computed from the trace's shape. Labels are file names, made unique."""
+    loaded: dict[str, PlacementFile | None] = {}
+    for name in names:
+        built_in = name in BUILT_IN and not Path(name).exists()
+        if not built_in and name != "-" and not Path(name).suffix and not Path(name).exists():
+            raise (
+                unknown_name("placement", name, BUILT_IN) if "/" not in name else InputError("no such file", where=name)
+            )
+        label = name if built_in or name == "-" else Path(name).stem
+        label = name if label in loaded else label
+        if label in loaded:
+            raise InputError(f"placement {name} is given twice", rule="each is scored once")
+        loaded[label] = None if built_in else read_placement(name)
+    return loaded
+
+
+def _topologies(
+    specs: Sequence[str], choices: Choices, files: Sequence[PlacementFile]
+) -> tuple[list[Topology], list[str]]:
+    if specs:
+        return [topology_for(replace(choices, topology=spec)) for spec in specs], []
+    named = dict.fromkeys(_topology_of(file) for file in files)
+    if choices.num_gpus is None and len(named) == 1 and (told := next(iter(named))) is not None:
+        topology = _rebuilt(*told, choices.accelerator)
+        said = f"topology {topology.name} of {topology.accelerator.name}, as the placement files name it"
+        return [topology], [said]
+    sizes = dict.fromkeys(file.placement.num_gpus for file in files)
+    gpus = next(iter(sizes)) if choices.num_gpus is None and sizes else choices.num_gpus
+    topology = topology_for(replace(choices, num_gpus=gpus, topology=None))
+    many = "; the placement files name several" if len(named) > 1 else ""
+    said = f"topology {topology.name} of {topology.accelerator.name}{many}; --topology names another"
+    return [topology], [said]
+
+
+def _topology_of(file: PlacementFile) -> tuple[str, str] | None:
+    """Name and digest of the topology a file was made for."""
+    told = file.details.get("topology")
+    if not isinstance(told, dict) or not isinstance(told.get("name"), str):
+        return None
+    return told["name"], str(told.get("digest", ""))
+
+
+def _rebuilt(name: str, digest: str, accelerator: str | None) -> Topology:
+    try:
+        topology = load_topology(name, accelerator=accelerator)
+    except (UnknownNameError, InputError):
+        topology = None
+    if topology is None or (accelerator is None and digest and topology.digest() != digest):
+        raise ProblemError(
+            f"the placement was made for {name!r}, which cannot be rebuilt from its name",
+            rule="a topology is a preset, a TOML file, or KIND:DIMS of an accelerator",
+            hint="give --topology, and --accelerator if it was not the default",
+        )
+    return topology
+
+
+def _model(meta: TraceMeta, name: str | None, files: Sequence[PlacementFile], said: list[str]) -> ModelSpec:
+    model = model_for(meta, name)
+    if name is not None:
+        return model
+    if preset_for(meta, meta.model_id) is None:
+        presets = [_preset_of(file, meta) for file in files]
+        names = {preset.name if preset else None for preset in presets}
+        if len(names) == 1 and presets[0] is not None:
+            said.append(f"model {presets[0].name}, as the placement files name it")
+            return presets[0]
+    said.append(model_sentence(meta, model))
+    return model
+
+
+def _other_dataflows(files: Mapping[str, PlacementFile | None], dataflow: str) -> list[str]:
+    made = {label: file.details.get("dataflow", dataflow) for label, file in files.items() if file is not None}
+    return [
+        f"{label} was made for {made_for} execution and is scored under {dataflow}; --dataflow changes that"
+        for label, made_for in made.items()
+        if made_for != dataflow
+    ]
+
+
+def _preset_of(file: PlacementFile, meta: TraceMeta | None = None) -> ModelSpec | None:
+    told = file.details.get("model")
+    name = told.get("name") if isinstance(told, dict) else None
+    if not isinstance(name, str):
+        return None
+    if meta is not None:
+        return preset_for(meta, name)
+    try:
+        return load_model(name)
+    except (UnknownNameError, InputError):
+        return None
