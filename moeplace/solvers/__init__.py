@@ -28,6 +28,8 @@ from moeplace.solution import Limits, Report, Solution, Status, StopReason
 AUTO = "auto"
 ENTRY_POINTS = "moeplace.solvers"
 TOLERANCE = 1e-9
+AUTO_BINARIES = 8192
+AUTO_WORK = 0.2
 
 
 class Solver(Protocol):
@@ -69,12 +71,18 @@ def load_solver(name: str) -> Solver:
 def choose(problem: Problem) -> tuple[tuple[str, ...], str]:
     """Solvers that ``auto`` tries for a problem, and why."""
     binaries = problem.num_layers * problem.num_experts * problem.num_gpus
-    spare = problem.num_slots > problem.num_experts
-    if spare:
+    if problem.num_slots > problem.num_experts:
         return ("linear", "eplb"), "redundant slots: only methods that place copies"
-    if problem.num_experts <= 16 and binaries <= 4096:
-        return ("linear", "eplb", "moetuner"), f"{binaries} binaries: small enough for integer programmes too"
-    return ("linear", "eplb"), f"{binaries} binaries: too many for integer programmes"
+    if binaries <= AUTO_BINARIES:
+        return ("linear", "eplb", "moetuner"), f"{binaries:,} binaries: small enough for a short integer programme too"
+    return ("linear", "eplb"), f"{binaries:,} binaries: too many for integer programmes"
+
+
+def _auto_limits(name: str, limits: Limits) -> Limits:
+    """Return the limits of one method that ``auto`` tries: integer programmes get a small share of the work."""
+    if name != "moetuner":
+        return limits
+    return limits.replace(work=limits.work * AUTO_WORK, options={"backend": "cpsat", **limits.options})
 
 
 def solve(problem: Problem, solver: str = AUTO, limits: Limits | None = None, report: Report | None = None) -> Solution:
@@ -108,7 +116,9 @@ def solve(problem: Problem, solver: str = AUTO, limits: Limits | None = None, re
     if solver == AUTO:
         report.stage(AUTO, f"{', '.join(names)} ({why})")
         answers = [
-            _run(problem, name, limits, report) for name in names if not limits.stop.is_set() or name == names[0]
+            _run(problem, name, _auto_limits(name, limits), report)
+            for name in names
+            if not limits.stop.is_set() or name == names[0]
         ]
         found = [answer for answer in answers if answer.placement is not None]
         within = [answer for answer in found if not _over_cap(problem, answer.placement).any()]
