@@ -126,10 +126,13 @@ def draw(index: TokenIndex, law: BatchLaw) -> npt.NDArray[np.int64]:
     rows, first, length = index.by_request(law.phase)
     eligible = np.flatnonzero(length >= law.tokens)
     if len(eligible) < law.requests:
+        have = f"only {len(eligible)} requests have" if len(eligible) else "no request has"
+        fewer = f"--batch-requests {len(eligible)} or fewer, or a smaller --batch-tokens"
+        longest = f"--batch-tokens {length.max(initial=1)} or less: no request is longer"
         raise InputError(
-            f"only {len(eligible)} requests have {law.tokens} or more {law.phase} tokens",
+            f"{have} {law.tokens} or more {law.phase} tokens",
             rule=f"a step holds {law.requests} distinct ones",
-            hint=f"--batch-requests {max(1, len(eligible))} or fewer, or a smaller --batch-tokens",
+            hint=fewer if len(eligible) else longest,
         )
     rng = np.random.default_rng(law.seed)
     picked = np.empty((law.batches, law.requests, law.tokens), np.int64)

@@ -42,6 +42,8 @@ class Score:
         ``[layer]`` GPU load max/mean on the whole scored trace.
     traffic
         Traffic in natural units on the whole scored trace.
+    trace_digest
+        Sha256 of the tokens or counts that were scored.
     """
 
     placement: str
@@ -51,6 +53,7 @@ class Score:
     simulation: Simulation
     max_over_mean: Floats
     traffic: TrafficMetrics
+    trace_digest: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``scores`` in a ``moeplace/score/1`` document."""
@@ -209,16 +212,17 @@ def _score_of(
         simulation=run,
         max_over_mean=max_over_mean(placement, stats.load),
         traffic=traffic_metrics(stats, placement, topology),
+        trace_digest=stats.trace_digest,
     )
 
 
-def scores_to_dict(scores: Sequence[Score], *, trace_digest: str = "") -> dict[str, Any]:
+def scores_to_dict(scores: Sequence[Score]) -> dict[str, Any]:
     """Return a ``moeplace/score/1`` document."""
     dataflows = sorted({entry.dataflow for entry in scores})
     return {
         "schema": SCHEMA,
         "dataflow": dataflows[0] if len(dataflows) == 1 else dataflows,
-        "trace_digest": trace_digest,
+        "trace_digest": scores[0].trace_digest if scores else None,
         "scores": [entry.to_dict() for entry in scores],
     }
 

@@ -84,16 +84,20 @@ class Selection:
         Sorted request numbers to keep; None keeps all.
     phase
         Phase number to keep; None keeps both.
+    model_id
+        Name of the model to give the trace; None keeps its own.
     """
 
     source: TraceStream
     requests: npt.NDArray[np.int64] | None = None
     phase: int | None = None
+    model_id: str | None = None
 
     @property
     def meta(self) -> TraceMeta:
         """The model's shape."""
-        return self.source.meta
+        meta = self.source.meta
+        return meta if self.model_id is None else meta.replace(model_id=self.model_id)
 
     def blocks(self) -> Iterator[Trace]:
         """Yield the selected tokens, block by block."""
@@ -208,3 +212,12 @@ def _select_counts(counts: Counts, split: Split | None, part: Part, phase: str |
     chosen = fit if part == "fit" else np.setdiff1d(steps, fit)
     _check_part(chosen, split, part)
     return counts.take(chosen)
+
+
+def named(source: TraceStream | Counts, model_id: str | None) -> TraceStream | Counts:
+    """Return the same trace under a model's name, so that whoever reads it later knows its widths."""
+    if model_id is None:
+        return source
+    if isinstance(source, Counts):
+        return Counts(meta=source.meta.replace(model_id=model_id), counts=source.counts, domain=source.domain)
+    return Selection(source=source, model_id=model_id)

@@ -271,8 +271,11 @@ def _parse_dims(text: str, where: str) -> tuple[int, ...]:
 def _from_file(path: Path, accelerator: str | None) -> Topology:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise TopologyError(f"cannot read the topology: {error}", where=str(path)) from error
+    except OSError as error:
+        hint = f"KIND:DIMS such as {EXAMPLES}, a preset, or a TOML file"
+        raise TopologyError(f"cannot read the topology: {error.strerror}", hint=hint, where=str(path)) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise TopologyError(f"not a TOML file: {error}", where=str(path)) from error
     return _from_table(table, path.stem, str(path), accelerator)
 
 

@@ -380,7 +380,7 @@ def _bad_files(folder: Path) -> dict[str, tuple[str, ...]]:
         "twice.npz": ("expert_ids[5, 0, 2]", "stands twice"),
         "cut.jsonl.gz": ("gzip data ends early",),
         "empty.jsonl": ("is empty",),
-        "garbage": ("no known format", "known formats: counts, jsonl"),
+        "garbage": ("no known format", "hint: known formats: "),
         "cut.npz": ("cut.npz",),
         "ragged.jsonl": ("ragged.jsonl:4:", "top-4 in every row"),
         "nan.npy": ("count NaN", "whole numbers"),

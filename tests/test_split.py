@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -135,3 +137,16 @@ def test_missing_names_are_told(small_trace: Trace) -> None:
         select(named, split=parse_split("domain:maths"))
     with pytest.raises(TraceError, match="records no domains"):
         select(named, split=parse_split("domain:math"))
+
+
+def test_a_trace_can_be_given_its_model_s_name(tmp_path: Path) -> None:
+    """A named stream keeps its tokens and carries the name into the file it is written to."""
+    import moeplace
+    from moeplace.split import named
+
+    trace = moeplace.read_trace(Path(__file__).parents[1] / "traces" / "hand.jsonl")
+    assert named(trace, None) is trace
+    moeplace.write_trace(named(trace, "gpt-oss-20b"), tmp_path / "named.npz")
+    again = moeplace.read_trace(tmp_path / "named.npz")
+    assert again.meta.model_id == "gpt-oss-20b"
+    assert again.digest() == trace.digest()

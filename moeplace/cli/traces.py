@@ -65,13 +65,16 @@ def convert_command(trace: str, output: str, part: str | None, keep: str, **opti
 
     OUTPUT ends in .npz, .jsonl, .jsonl.gz or .jsonl.zst; the same input always gives the same bytes.
     """
+    from moeplace.model import load_model
     from moeplace.report import write_json
+    from moeplace.split import named
     from moeplace.writers import write_trace
 
     check_paths([], output, keep=[trace])
     if output == "-" and options["as_json"]:
         raise click.UsageError("--json and the trace cannot both go to standard output: name the output")
-    source = open_source(trace, options, split=part, part=keep)
+    model_id = load_model(options["model"]).name if options["model"] else None
+    source = named(open_source(trace, options, split=part, part=keep), model_id)
     write_trace(source, output, format=options["output_format"])
     warn(source.meta.assumptions, quiet=options["quiet"])
     if options["as_json"]:

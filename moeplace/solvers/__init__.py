@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from moeplace.bounds import load_floor, objective_bound
 from moeplace.errors import InfeasibleError, InputError, SolverError, unknown_name
-from moeplace.metrics import max_over_mean
+from moeplace.metrics import cross_shares, max_over_mean
 from moeplace.objective import UNITS, Term, objective_value, terms
 from moeplace.placement import Placement
 from moeplace.problem import COPIES, Problem
@@ -172,8 +172,12 @@ def _run(problem: Problem, name: str, limits: Limits, report: Report) -> Solutio
     if answer.placement is not None:
         value = verify(problem, answer)
         bound = objective_bound(problem) if answer.bound is None else answer.bound
-        load = float(max_over_mean(answer.placement, problem.stats.load).mean())
-        report.improved(name, value, bound=bound, unit=UNITS[problem.objective], figures={"load max/mean": load})
+        figures = {"load max/mean": float(max_over_mean(answer.placement, problem.stats.load).mean())}
+        if problem.topology.num_nodes > 1 and (
+            crossing := cross_shares(problem.stats, answer.placement, problem.topology)
+        ):
+            figures["pairs across nodes"] = crossing[1]
+        report.improved(name, value, bound=bound, unit=UNITS[problem.objective], figures=figures)
     return answer
 
 
