@@ -1,6 +1,7 @@
 """Files in and out: inputs decompressed by their magic bytes, outputs replaced atomically.
 
 An :class:`InputFile` is a path, a pipe or standard input; what it holds, not its name, says how it is compressed.
+An :class:`InputFolder` is the files below a folder, in sorted order.
 :func:`atomic_output` never leaves a half-written file and never loses the one that was there.
 """
 
@@ -146,6 +147,44 @@ def open_input(path: str | os.PathLike[str]) -> InputFile:
     raw = _open_path(Path(name), name)
     regular = stat.S_ISREG(os.fstat(raw.fileno()).st_mode)
     return InputFile(name, raw, Path(name) if regular else None)
+
+
+class InputFolder:
+    """A folder as one input: the files below it, hidden ones left out.
+
+    Attributes
+    ----------
+    name
+        What errors call it: the path as given.
+    files
+        Relative paths with ``/``, sorted.
+    can_reopen
+        True: its files can be read as often as wanted.
+
+    Raises
+    ------
+    InputError
+        The folder, or one below it, cannot be listed.
+    """
+
+    can_reopen = True
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name = os.fspath(path)
+        self._path = Path(self.name)
+        found: list[str] = []
+        for folder, below, names in os.walk(self._path, onerror=self._not_listed):
+            below[:] = [name for name in below if not name.startswith(".")]
+            place = Path(folder).relative_to(self._path)
+            found += [(place / name).as_posix() for name in names if not name.startswith(".")]
+        self.files = tuple(sorted(found))
+
+    def open(self, file: str) -> InputFile:
+        """Open one of :attr:`files`."""
+        return open_input(self._path / file)
+
+    def _not_listed(self, exc: OSError) -> None:
+        raise InputError(f"cannot be listed: {exc.strerror or exc}", where=Location(file=self.name)) from exc
 
 
 @contextlib.contextmanager

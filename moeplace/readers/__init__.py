@@ -2,7 +2,8 @@
 
 A reader module has ``NAME``, ``DESCRIPTION``, ``sniff(head, name) -> int`` and
 ``open(source, options) -> TraceStream | Counts``. A format is chosen by content, not by file name: every reader scores
-the first bytes of the decompressed input (for a zip archive, followed by its member names), the highest wins.
+the first bytes of the decompressed input (for a zip archive, followed by its member names), the highest wins. A reader
+that takes folders also has ``sniff_folder(folder: Path) -> int`` and ``open_folder(folder: Path, options)``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import pkgutil
 import re
 import zipfile
+from pathlib import Path
 from types import ModuleType
 from typing import cast
 
@@ -39,7 +41,7 @@ _KNOWN_HEADS = {
 
 def format_names() -> tuple[str, ...]:
     """Names of the input formats, without importing their readers."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+    return tuple(sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
 
 
 def list_formats() -> dict[str, str]:
@@ -55,7 +57,7 @@ def open_trace(
     Parameters
     ----------
     path
-        A file, a pipe, or ``-`` for standard input; plain, gzip or zstd.
+        A file, a pipe, or ``-`` for standard input; plain, gzip or zstd. Some formats also come as folders.
     model
         The model that was recorded: gives what the file leaves out, and must agree with what it says.
     format
@@ -70,17 +72,21 @@ def open_trace(
     TraceError
         The input is empty, of no known format, or breaks its format.
     """
+    options = ReaderOptions(model=model, skip_bad=skip_bad)
+    names = format_names()
+    if format is not None and format not in names:
+        raise unknown_name("format", format, names)
+    if os.path.isdir(path):
+        folder = Path(path)
+        reader = _reader(_sniffed_folder(folder, names if format is None else (format,)))
+        return cast("TraceStream | Counts", reader.open_folder(folder, options))
     source = open_input(path)
     head = source.head()
     if not head:
         hint = "was the recording stopped before the first token?"
         raise TraceError("is empty", rule="a trace has at least one token", hint=hint, where=Location(file=source.name))
-    names = format_names()
-    if format is not None and format not in names:
-        raise unknown_name("format", format, names)
     chosen = format or _sniffed(source, head, names)
-    opened = _reader(chosen).open(source, ReaderOptions(model=model, skip_bad=skip_bad))
-    return cast("TraceStream | Counts", opened)
+    return cast("TraceStream | Counts", _reader(chosen).open(source, options))
 
 
 def read_trace(
@@ -95,7 +101,7 @@ def read_trace(
 
 
 def _reader(name: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{name}")
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
 
 
 def _sniffed(source: InputFile, head: bytes, names: tuple[str, ...]) -> str:
@@ -113,6 +119,24 @@ def _sniffed(source: InputFile, head: bytes, names: tuple[str, ...]) -> str:
         rule="a trace is in one of the known formats",
         hint=f"known formats: {', '.join(names)}",
         where=Location(file=source.name),
+    )
+
+
+def _sniffed_folder(folder: Path, names: tuple[str, ...]) -> str:
+    readers = {name: _reader(name) for name in names}
+    able = {name: reader for name, reader in readers.items() if hasattr(reader, "open_folder")}
+    if len(names) == 1 and able:
+        return names[0]
+    scores = {name: int(reader.sniff_folder(folder)) for name, reader in able.items()}
+    best = max(scores, key=lambda name: scores[name], default=None)
+    if best is not None and scores[best] > 0:
+        return best
+    held = sorted(os.listdir(folder))
+    raise TraceError(
+        f"is a folder of no known format: it holds {', '.join(held[:5]) or 'nothing'}",
+        rule="a trace is a file, or a folder of a format that comes as folders",
+        hint=f"formats that come as folders: {', '.join(sorted(able)) or 'not ' + ', '.join(names)}",
+        where=Location(file=str(folder)),
     )
 
 

@@ -50,15 +50,16 @@ def open(source: InputFile, options: ReaderOptions) -> Counts:
     """
     key, counts, values = _parsed(source)
     fields = ColumnReader(source.name, values)
-    counts = _whole_counts(counts, key, source.name)
+    counts = whole_counts(counts, key, source.name)
     if counts.ndim == 2:
         counts = counts[None]
     if counts.ndim != 3 or 0 in counts.shape:
         raise TraceError(f"shape {list(counts.shape)}", rule=_SHAPES, where=fields.where(key))
-    return _checked(counts, key, fields, options)
+    return settled_counts(counts, key, fields, options)
 
 
-def _checked(counts: npt.NDArray[np.int64], key: str, fields: ColumnReader, options: ReaderOptions) -> Counts:
+def settled_counts(counts: npt.NDArray[np.int64], key: str, fields: ColumnReader, options: ReaderOptions) -> Counts:
+    """Settle what the file, its fields and the model say about whole counts ``[step, layer, expert]``."""
     num_steps, _, num_experts = counts.shape
     given = fields.integer("num_experts")
     if given not in (None, num_experts):
@@ -169,27 +170,27 @@ def _json_value(data: bytes, file: str) -> Any:
 
 def _from_json(value: Any, file: str) -> tuple[str, npt.NDArray[Any], dict[str, npt.NDArray[Any]]]:
     if isinstance(value, list):
-        return "counts", _matrix(value, "counts", file), {}
+        return "counts", matrix_of(value, "counts", file), {}
     key = next((key for key in _ARRAYS if key in value), None) if isinstance(value, dict) else None
     if key is None:
         raise _no_counts(file, list(value) if isinstance(value, dict) else [])
-    fields = {name: _matrix(value[name], name, file) for name in _FIELDS if value.get(name) is not None}
+    fields = {name: matrix_of(value[name], name, file) for name in _FIELDS if value.get(name) is not None}
     content = value[key]
     if isinstance(content, dict) and content:
         rows = list(content.values())
         if all(isinstance(row, list) and row and isinstance(row[0], list) for row in rows):
             fields["domain"] = np.array(list(content))
-            return key, _matrix(rows, key, file), fields
+            return key, matrix_of(rows, key, file), fields
         if not all(name.isdecimal() for name in content):
             where = Location(file=file, element=key)
             raise TraceError("names of layers", rule="counts by layer are keyed by the layer's number", where=where)
         order = sorted(content, key=int)
         fields["layer_ids"] = np.array([int(name) for name in order])
-        return key, _matrix([content[name] for name in order], key, file), fields
-    return key, _matrix(content, key, file), fields
+        return key, matrix_of([content[name] for name in order], key, file), fields
+    return key, matrix_of(content, key, file), fields
 
 
-def _matrix(value: Any, key: str, file: str) -> npt.NDArray[Any]:
+def matrix_of(value: Any, key: str, file: str) -> npt.NDArray[Any]:
     """Turn nested lists into an array; name the element where they are ragged or hold something else."""
     odd = _first_odd(value, _lengths(value), ())
     if odd is not None:
@@ -215,7 +216,7 @@ def _first_odd(value: Any, lengths: Sequence[int], index: tuple[int, ...]) -> tu
     return next((odd for i, item in enumerate(value) if (odd := _first_odd(item, lengths[1:], (*index, i)))), None)
 
 
-def _whole_counts(counts: npt.NDArray[Any], key: str, file: str) -> npt.NDArray[np.int64]:
+def whole_counts(counts: npt.NDArray[Any], key: str, file: str) -> npt.NDArray[np.int64]:
     """Check that counts are whole, finite and not negative; floats are accepted when they are."""
     if counts.dtype.kind not in "iuf":
         where = Location(file=file, element=key)

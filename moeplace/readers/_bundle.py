@@ -1,0 +1,175 @@
+"""One JSON document, a folder of them, or a tar archive of them, as named documents."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Literal, cast
+
+from moeplace.errors import InputError, Location, TraceError
+from moeplace.files import InputFile, InputFolder, zstd_module
+
+_ENDINGS = (".json", ".json.gz", ".json.zst")
+_TAR_MAGIC_AT = 257
+_BEGINNING = 1 << 12
+
+
+def is_tar(head: bytes) -> bool:
+    """True for the first bytes of a tar archive."""
+    return head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar"
+
+
+def first_document(head: bytes) -> bytes:
+    """Return the beginning of the first JSON document in the first bytes of a tar archive; empty when none begins."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(head), mode="r:") as archive:
+            for member in archive:
+                if _is_document(member):
+                    return _beginning(head[member.offset_data :][: member.size])
+    except (tarfile.TarError, OSError):
+        pass
+    return b""
+
+
+class Bundle:
+    """Named documents of an input, in the order in which they lie there.
+
+    Attributes
+    ----------
+    names
+        Names in sorted order: relative paths in a folder or archive. Empty for an archive out of a pipe, which cannot
+        be looked through first.
+    ignored
+        Files that are not JSON by their ending.
+    """
+
+    def __init__(self, source: InputFile | InputFolder) -> None:
+        self._source = source
+        self._tar = isinstance(source, InputFile) and is_tar(source.head())
+        names, self.ignored = self._listed()
+        self.names = tuple(sorted(names))
+
+    def documents(self) -> Iterator[tuple[str, bytes | InputError]]:
+        """Yield each document's name and decompressed content, or what kept it from being read.
+
+        Raises
+        ------
+        TraceError
+            The archive is damaged.
+        """
+        source = self._source
+        if isinstance(source, InputFolder):
+            for name in self.names:
+                try:
+                    yield name, _decompressed(source.open(name))
+                except InputError as exc:
+                    yield name, exc
+        elif self._tar:
+            yield from self._members(source)
+        else:
+            with source.stream() as stream:
+                yield PurePosixPath(source.name).name, stream.read()
+
+    def file(self, name: str) -> str:
+        """What errors call a document."""
+        if isinstance(self._source, InputFolder):
+            return f"{self._source.name.rstrip('/')}/{name}"
+        return f"{self._source.name}:{name}" if self._tar else self._source.name
+
+    def folder(self, name: str) -> str:
+        """Name of the folder that a document lies in; empty when it is not known."""
+        inside = PurePosixPath(name).parent.name
+        if inside:
+            return inside
+        whole = PurePosixPath(self._source.name)
+        if isinstance(self._source, InputFolder):
+            return os.path.basename(os.path.abspath(whole))
+        return whole.name.split(".")[0] if self._tar else whole.parent.name
+
+    def _listed(self) -> tuple[list[str], tuple[str, ...]]:
+        source = self._source
+        if isinstance(source, InputFolder):
+            files = list(source.files)
+        elif not self._tar:
+            return [PurePosixPath(source.name).name], ()
+        elif not source.can_reopen:
+            return [], ()
+        else:
+            with self._opened(source, listing=True) as archive:
+                files = [member.name for member in self._checked(archive) if member.isfile()]
+        documents = [name for name in files if name.endswith(_ENDINGS)]
+        return documents, tuple(name for name in files if not name.endswith(_ENDINGS))
+
+    def _members(self, source: InputFile) -> Iterator[tuple[str, bytes | InputError]]:
+        with self._opened(source, listing=False) as archive:
+            for member in self._checked(archive):
+                content = archive.extractfile(member) if _is_document(member) else None
+                if content is None:
+                    continue
+                try:
+                    data = content.read()
+                except (tarfile.TarError, EOFError) as exc:
+                    raise self._damaged(exc) from exc
+                yield member.name, _decompressed(InputFile(self.file(member.name), io.BytesIO(data), None))
+
+    @contextlib.contextmanager
+    def _opened(self, source: InputFile, *, listing: bool) -> Iterator[tarfile.TarFile]:
+        # a listing seeks from header to header where it can
+        seeks = listing and source.compression is None
+        with contextlib.ExitStack() as stack:
+            handle = stack.enter_context(source.seekable() if seeks else source.stream())
+            try:
+                mode: Literal["r:", "r|"] = "r:" if seeks else "r|"
+                archive = stack.enter_context(tarfile.open(fileobj=cast(io.BufferedReader, handle), mode=mode))
+            except tarfile.TarError as exc:
+                raise self._damaged(exc) from exc
+            yield archive
+
+    def _checked(self, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+        while True:
+            try:
+                member = archive.next()
+            except (tarfile.TarError, EOFError) as exc:
+                raise self._damaged(exc) from exc
+            if member is None:
+                return
+            yield member
+            # the archive remembers every member it has met: that would grow with the corpus
+            archive.members = []  # type: ignore[attr-defined]
+
+    def _damaged(self, exc: Exception) -> TraceError:
+        return TraceError(
+            f"is not a whole tar archive: {exc}",
+            hint="the copy was cut off or damaged: copy it again",
+            where=Location(file=self._source.name),
+        )
+
+
+def _is_document(member: tarfile.TarInfo) -> bool:
+    return member.isfile() and member.name.endswith(_ENDINGS)
+
+
+def _beginning(data: bytes) -> bytes:
+    """Decompress what can be of a document that may be cut off."""
+    packed = io.BytesIO(data)
+    try:
+        if data.startswith(b"\x1f\x8b"):
+            return gzip.GzipFile(fileobj=packed).read1(_BEGINNING)
+        if data.startswith(b"\x28\xb5\x2f\xfd"):
+            return bytes(zstd_module().ZstdFile(packed).read1(_BEGINNING))
+    except Exception:  # each decompressor has its own errors
+        return b""
+    return data
+
+
+def _decompressed(file: InputFile) -> bytes | InputError:
+    try:
+        with file, file.stream() as stream:
+            return stream.read()
+    except InputError as exc:
+        return exc
