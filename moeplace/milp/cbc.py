@@ -9,6 +9,7 @@ pulp.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import os
 import queue
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from moeplace.errors import SolverError
+from moeplace.milp.cpsat import load_ortools
 from moeplace.milp.model import Budget, Claim, Floats, LinearModel, MilpResult, OnIncumbent, judge
 from moeplace.solution import StopReason
 
@@ -85,6 +87,8 @@ def _write_model(model: LinearModel, scale: float, folder: Path) -> dict[str, in
 
     PuLP leaves out variables that stand in no row and cost nothing.
     """
+    if importlib.util.find_spec("highspy"):
+        load_ortools()  # pulp loads highspy where it is installed, after which OR-Tools no longer loads
     import pulp
 
     problem = pulp.LpProblem("moeplace", pulp.LpMinimize)

@@ -2,12 +2,12 @@
 
 CP-SAT knows integers only. A continuous variable ``x`` in ``[lower, upper]`` becomes ``lower + unit·X`` with ``X`` a
 whole number and ``unit`` the power of two that makes about 2^24 steps; variables that are integer stay as they are. The
-coefficients of a row are multiplied by one factor, 1 where they are whole already and otherwise the power of two that
-brings the row's largest value to about 2^40, and rounded (powers of two, so that whole numbers lose nothing). Rounding
-moves a row's value by at most ``Σ |rounded - exact|·max|x| + Σ_continuous |a|·unit/2``; each row is relaxed by that
-much, so the integer model contains every point of the exact one (with continuous values rounded to the grid), and its
-lower bound, less the same error of the objective, is a lower bound of the exact model. The point found is completed and
-checked in float64, so the relaxation costs no accuracy.
+coefficients of a row are multiplied by one factor, 1 where they are whole already, what makes the smallest 1 where that
+makes all whole, and otherwise the power of two that brings the row's largest value to about 2^40, and rounded (powers
+of two, so that whole numbers lose nothing). Rounding moves a row's value by at most ``Σ |rounded - exact|·max|x| +
+Σ_continuous |a|·unit/2``; each row is relaxed by that much, so the integer model contains every point of the exact one
+(with continuous values rounded to the grid), and its lower bound, less the same error of the objective, is a lower
+bound of the exact model. The point found is completed and checked in float64, so the relaxation costs no accuracy.
 
 The grid is no finer on purpose: with 2^34 steps and rows of 2^56, within CP-SAT's stated limits, CP-SAT 9.15 was seen
 to prove a value optimal that is 3 % from the optimum; 2^30 steps and less gave the right answer. The price is that an
@@ -20,6 +20,7 @@ import math
 import queue
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,13 @@ def solve_cpsat(model: LinearModel, budget: Budget, on_incumbent: OnIncumbent | 
     )
 
 
+def load_ortools() -> None:
+    """Load OR-Tools now, before anything that would keep it from loading later."""
+    from ortools.sat.python import cp_model
+
+    del cp_model
+
+
 def units(model: LinearModel) -> Floats:
     """``[variable]`` grid step: 1 for integers, else the power of two nearest above ``range/2^24``; 0 if fixed."""
     low, high = np.asarray(model.lower), np.asarray(model.upper)
@@ -121,9 +129,9 @@ def scaled_row(model: LinearModel, terms: dict[int, float], grid: Floats) -> Sca
     reach = {v: max(abs(model.lower[v]), abs(model.upper[v])) if model.is_integer[v] else float(GRID) for v in terms}
     fixed = math.fsum(abs(a * model.lower[v]) for v, a in terms.items() if not model.is_integer[v])
     largest = fixed + math.fsum(abs(step) * reach[v] for v, step in steps.items())
-    factor = 1.0
-    if largest > ROW or not all(step.is_integer() for step in steps.values()):
-        factor = 2.0 ** math.floor(math.log2(ROW / largest))
+    least = min((abs(step) for step in steps.values() if step), default=1.0)
+    factor = next((f for f in (1.0, 1 / least) if f * largest <= ROW and _all_whole(steps.values(), f)), 0.0)
+    factor = factor or 2.0 ** math.floor(math.log2(ROW / largest))
     rounded: dict[int, int] = {}
     constant = error = 0.0
     for v, step in steps.items():
@@ -141,6 +149,10 @@ def scaled_row(model: LinearModel, terms: dict[int, float], grid: Floats) -> Sca
         factor=factor / shared,
         error=error / shared,
     )
+
+
+def _all_whole(steps: Iterable[float], factor: float) -> bool:
+    return all((step * factor).is_integer() for step in steps)
 
 
 def true_bound(target: ScaledRow, bound: float) -> float | None:

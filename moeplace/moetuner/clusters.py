@@ -69,8 +69,8 @@ def even_sizes(total: int, room: Ints) -> tuple[Ints, Ints]:
     The level ``t`` is the least with ``Σ_c min(room_c, t) ≥ total``; bins then hold ``min(room_c, t-1)`` to
     ``min(room_c, t)``: the floor and ceiling of the mean where room is equal, exactly ``room`` where none is spare.
 
-    >>> even_sizes(9, np.array([2, 3, 8]))
-    (array([2, 3, 3]), array([2, 3, 4]))
+    >>> even_sizes(9, np.array([2, 8, 8]))
+    (array([2, 3, 3]), array([2, 4, 4]))
     """
     if total > int(room.sum()):
         raise ProblemError(f"{total} experts", rule=f"there is room for {int(room.sum())}")

@@ -24,8 +24,8 @@ WORST_FIRST = (
 class Tally:
     """ILP1 over all layers: clusters, deviations, bounds, and why each layer's search ended."""
 
-    def __init__(self, layers: Sequence[Layer], report: Report) -> None:
-        self.layers, self.report = layers, report
+    def __init__(self, name: str, layers: Sequence[Layer], report: Report) -> None:
+        self.name, self.layers, self.report = name, layers, report
         self.clusters = [balanced_start(layer) for layer in layers]
         self.value = [layer.deviation(cluster) for layer, cluster in zip(layers, self.clusters, strict=True)]
         self.bound = [deviation_bound(layer) for layer in layers]
@@ -36,7 +36,7 @@ class Tally:
         self.too_large = 0
         self.best = sum(self.value)
         if not self.missing:
-            self._tell("ILP1 start")
+            self._tell(f"{self.name} start")
 
     def is_proven(self, i: int) -> bool:
         """Whether a layer's start meets its bound."""
@@ -52,7 +52,7 @@ class Tally:
             self.value[i] = value
             if not self.missing and sum(self.value) < self.best * (1 - PROOF):
                 self.best = sum(self.value)
-                self._tell("ILP1")
+                self._tell(self.name)
 
     def finish(self, i: int, result: MilpResult, cluster: Ints | None) -> None:
         """A layer's search is over."""
@@ -71,7 +71,7 @@ class Tally:
         """The sum over layers as one stage."""
         if self.infeasible:
             return Stage(
-                name="ILP1",
+                name=self.name,
                 objective=math.inf,
                 bound=None,
                 unit=SELECTIONS,
@@ -81,9 +81,14 @@ class Tally:
         reason = worst(self.reasons)
         if self.missing:
             return Stage(
-                name="ILP1", objective=math.inf, bound=None, unit=SELECTIONS, status=Status.UNKNOWN, stop_reason=reason
+                name=self.name,
+                objective=math.inf,
+                bound=None,
+                unit=SELECTIONS,
+                status=Status.UNKNOWN,
+                stop_reason=reason,
             )
-        return stage_of("ILP1", sum(self.value), sum(self.bound), SELECTIONS, reason)
+        return stage_of(self.name, sum(self.value), sum(self.bound), SELECTIONS, reason)
 
     def _tell(self, source: str) -> None:
         self.report.improved(source, sum(self.value), bound=sum(self.bound), unit=SELECTIONS)

@@ -140,7 +140,7 @@ class _Run:
         layers = self.layers(whole_model=whole_model)
         shape = f"{len(layers)} layers, {self.problem.num_experts} experts into {self.problem.num_gpus} clusters each"
         self.report.stage("ILP1", f"{shape}, by {self.backend_name}")
-        tally = Tally(layers, self.report)
+        tally = Tally("ILP1 again" if self.stages else "ILP1", layers, self.report)
         for i, layer in enumerate(layers):
             self.report.progress(i, len(layers), "ILP1 layers")
             if not tally.is_proven(i):
@@ -220,19 +220,18 @@ class _Run:
         built = memory_model(chain, start, capacity)
         result = self.backend(built.model, self._budget(WORK_2, self.clock.left_s / 4), None)
         if result.values is None or result.objective is None:
-            word = "cannot fit" if result.status is Status.INFEASIBLE else "were not found to fit"
-            self.notes.append(f"INFEASIBLE as published: ILP1's clusters {word} the GPUs' memory over the whole model")
+            proven = result.status is Status.INFEASIBLE
+            word = "INFEASIBLE as published: ILP1's clusters cannot" if proven else "ILP1's clusters were not found to"
+            self.notes.append(f"{word} fit the GPUs' memory over the whole model")
             return None
         start, missed = built.gpus(result.values), round(result.objective)
         if missed:
-            proven = "no assignment keeps it" if result.bound and result.bound > 0.5 else "none was found that keeps it"
+            proven = (result.bound or 0.0) > 0.5
             self.stages.append(
                 stage_of("memory", float(missed), max(0.0, result.bound or 0.0), "experts", result.stop_reason)
             )
-            self.notes.append(
-                "INFEASIBLE as published: with ILP1's clusters equal memory over the whole model is out of reach "
-                f"({proven}); each GPU may miss its share by {missed} experts"
-            )
+            word = "INFEASIBLE as published: ILP1's clusters allow no" if proven else "No assignment was found with"
+            self.notes.append(f"{word} equal memory over the whole model; GPUs miss their share by {missed} experts")
             chain = chain.relaxed(missed, capacity)
         return chain, start
 
