@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trace_cases import FakeModel, assert_same, lines, read_tokens, streamed
+from trace_cases import FakeModel, assert_same, error_of, lines, read_tokens, streamed
 
-from moeplace.errors import TraceError
 from moeplace.files import open_input
-from moeplace.readers import ReaderOptions, read_trace
+from moeplace.readers import ReaderOptions
 from moeplace.readers.batch_rows import BatchStream, sniff
 from moeplace.trace import concatenate
 
@@ -39,13 +38,6 @@ def save(tmp_path: Path):
         return path
 
     return write
-
-
-def error_of(path: Path, **options: Any) -> TraceError:
-    """Return the error that reading gives."""
-    with pytest.raises(TraceError) as caught:
-        read_trace(path, **options)
-    return caught.value
 
 
 def test_a_tiny_trace_by_hand(save) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trace_cases import FakeModel, real
+from trace_cases import FakeModel, counts_of, error_of, real
 
-from moeplace.errors import Location, TraceError
-from moeplace.readers import open_trace, read_trace
+from moeplace.errors import Location
+from moeplace.readers import open_trace
 from moeplace.trace import Counts
 
 STEPS = np.array([[[4, 0, 2], [3, 3, 0]], [[1, 1, 0], [2, 0, 0]]])
@@ -34,20 +34,6 @@ def save(tmp_path: Path):
         return path
 
     return write
-
-
-def counts_of(path: Path, **options: Any) -> Counts:
-    """Read counts."""
-    counts = read_trace(path, **options)
-    assert isinstance(counts, Counts)
-    return counts
-
-
-def error_of(path: Path, **options: Any) -> TraceError:
-    """Return the error that reading gives."""
-    with pytest.raises(TraceError) as caught:
-        read_trace(path, **options)
-    return caught.value
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
-from trace_cases import FakeModel, assert_same, give_stdin, read_tokens, real, streamed, traces
+from trace_cases import FakeModel, assert_same, error_of, give_stdin, read_tokens, real, streamed, traces
 
-from moeplace.errors import Location, TraceError
+from moeplace.errors import Location
 from moeplace.readers import open_trace, read_trace
 from moeplace.readers.csv import CsvStream
 from moeplace.readers.csv import open as open_csv
@@ -40,13 +39,6 @@ def save(tmp_path: Path):
         return path
 
     return write
-
-
-def error_of(path: Path, **options: Any) -> TraceError:
-    """Return the error that reading gives."""
-    with pytest.raises(TraceError) as caught:
-        read_trace(path, **options)
-    return caught.value
 
 
 def test_moe_beyond(save) -> None:

@@ -17,6 +17,7 @@ from trace_cases import (
     META,
     FakeModel,
     assert_same,
+    error_of,
     give_stdin,
     lines,
     meta_row,
@@ -49,13 +50,6 @@ def trace_file(tmp_path: Path):
         return path
 
     return write
-
-
-def error_of(path: Path, **options: Any) -> TraceError:
-    """Return the error that reading gives."""
-    with pytest.raises(TraceError) as caught:
-        read_trace(path, **options)
-    return caught.value
 
 
 def outcome(path: Path, skip_bad: int) -> tuple[str, str]:

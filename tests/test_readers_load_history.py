@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trace_cases import FakeModel, real
+from trace_cases import FakeModel, counts_of, error_of, real
 
-from moeplace.errors import Location, TraceError
-from moeplace.readers import read_trace
-from moeplace.trace import Counts
+from moeplace.errors import Location
 
 STEPS = [[[4, 0, 2], [3, 3, 0]], [[1, 1, 0], [2, 0, 0]]]
 
@@ -37,20 +35,6 @@ def history(*loads: Any) -> dict[str, Any]:
 def saliency(**layers: Any) -> dict[str, Any]:
     """Return a saliency file of three experts and three tokens."""
     return {"arch": "toy", "n_expert": 3, "tokens": 3, "layers": {name[1:]: layer for name, layer in layers.items()}}
-
-
-def counts_of(path: Path, **options: Any) -> Counts:
-    """Read counts."""
-    counts = read_trace(path, **options)
-    assert isinstance(counts, Counts)
-    return counts
-
-
-def error_of(path: Path, **options: Any) -> TraceError:
-    """Return the error that reading gives."""
-    with pytest.raises(TraceError) as caught:
-        read_trace(path, **options)
-    return caught.value
 
 
 def test_every_entry_of_a_history_is_a_step(save) -> None:

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trace_cases import FakeModel, assert_same, give_stdin, lines, read_tokens, streamed
+from trace_cases import FakeModel, assert_same, error_of, give_stdin, lines, read_tokens, streamed
 
-from moeplace.errors import Location, TraceError
-from moeplace.readers import read_trace
+from moeplace.errors import Location
 
 
 def record(step: int, layer: int, ids: Any, rank: int = 0, **fields: Any) -> dict[str, Any]:
@@ -36,13 +35,6 @@ def save(tmp_path: Path):
         return path
 
     return write
-
-
-def error_of(path: Path, **options: Any) -> TraceError:
-    """Return the error that reading gives."""
-    with pytest.raises(TraceError) as caught:
-        read_trace(path, **options)
-    return caught.value
 
 
 def test_passes_are_put_together(save) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trace_cases import FakeModel, assert_same, give_stdin, read_tokens, real, streamed, traces
+from trace_cases import FakeModel, assert_same, error_of, give_stdin, read_tokens, real, streamed, traces
 
 from moeplace.errors import TraceError
 from moeplace.files import open_input
@@ -35,13 +35,6 @@ def archive(tmp_path: Path):
         return tmp_path / "t.npz"
 
     return write
-
-
-def error_of(path: Path, **options: Any) -> TraceError:
-    """Return the error that reading gives."""
-    with pytest.raises(TraceError) as caught:
-        read_trace(path, **options)
-    return caught.value
 
 
 def read_or_error(path: Path) -> Trace | TraceError:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trace_cases import FakeModel, read_tokens, streamed
+from trace_cases import FakeModel, error_of, read_tokens, streamed
 
-from moeplace.errors import Location, MissingExtraError, TraceError
-from moeplace.readers import open_trace, read_trace
+from moeplace.errors import Location, MissingExtraError
+from moeplace.readers import open_trace
 
 IDS = np.array([[[5, 2], [4, 0]], [[0, 1], [3, 5]], [[1, 3], [2, 4]]])
 MISSING = "the extra formats is not installed"
@@ -37,13 +37,6 @@ def folder(tmp_path: Path) -> Path:
     write(tmp_path / "iter_5" / "layer_02.parquet", IDS[:, 0], row_group_size=1)
     write(tmp_path / "iter_5" / "layer_10.parquet", IDS[:, 1], row_group_size=2)
     return tmp_path / "iter_5"
-
-
-def error_of(path: Path, **options: Any) -> TraceError:
-    """Return the error that reading gives."""
-    with pytest.raises(TraceError) as caught:
-        read_trace(path, **options)
-    return caught.value
 
 
 def test_layers_are_put_together(folder: Path) -> None:

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trace_cases import FakeModel, assert_same, read_tokens, streamed
+from trace_cases import FakeModel, assert_same, error_of, read_tokens, streamed
 
-from moeplace.errors import TraceError
 from moeplace.files import open_input
-from moeplace.readers import ReaderOptions, read_trace
+from moeplace.readers import ReaderOptions
 from moeplace.readers.routed_experts import RoutedStream, sniff
 from moeplace.trace import concatenate
 
@@ -60,13 +59,6 @@ def save(tmp_path: Path):
         return path
 
     return write
-
-
-def error_of(path: Path, **options: Any) -> TraceError:
-    """Return the error that reading gives."""
-    with pytest.raises(TraceError) as caught:
-        read_trace(path, **options)
-    return caught.value
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trace_cases import FakeModel, assert_same, read_tokens, real, streamed
+from trace_cases import FakeModel, assert_same, counts_of, error_of, read_tokens, real, streamed
 
-from moeplace.errors import MissingExtraError, TraceError
+from moeplace.errors import MissingExtraError
 from moeplace.readers import read_trace
-from moeplace.trace import Counts
 
 # layer 0 is dense; 4 experts in 6 slots of which 4 and 5 are copies
 SLOTS = [[0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 0, 3], [0, 1, 2, 3, 2, 1]]
@@ -66,20 +65,6 @@ def save(tmp_path: Path):
         return path
 
     return write
-
-
-def counts_of(path: Path, **options: Any) -> Counts:
-    """Read counts."""
-    counts = read_trace(path, **options)
-    assert isinstance(counts, Counts)
-    return counts
-
-
-def error_of(path: Path, **options: Any) -> TraceError:
-    """Return the error that reading gives."""
-    with pytest.raises(TraceError) as caught:
-        read_trace(path, **options)
-    return caught.value
 
 
 def test_a_tiny_per_token_dump_by_hand(save) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trace_cases import FakeModel, assert_same, give_stdin, read_tokens, real, streamed
+from trace_cases import FakeModel, assert_same, error_of, give_stdin, read_tokens, real, streamed
 
 from moeplace.errors import InputError, Location, TraceError
 from moeplace.files import InputFolder, open_input, zstd_module
@@ -36,13 +36,6 @@ def changed(step: int, **layers: Any) -> list[dict[str, Any]]:
         else:
             steps[step][name.removeprefix("l")] = value
     return steps
-
-
-def error_of(path: Path, **options: Any) -> TraceError:
-    """Return the error that reading gives."""
-    with pytest.raises(TraceError) as caught:
-        read_trace(path, **options)
-    return caught.value
 
 
 def tar_of(files: dict[str, bytes], mode: str = "w:") -> bytes:

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trace_cases import FakeModel
+from trace_cases import FakeModel, counts_of, error_of
 
-from moeplace.errors import Location, MissingExtraError, TraceError
-from moeplace.readers import open_trace, read_trace
+from moeplace.errors import Location, MissingExtraError
+from moeplace.readers import open_trace
 from moeplace.readers.trtllm_statistics import sniff
-from moeplace.trace import Counts
 
 META = {"num_experts": 3, "num_experts_per_token": 2}
 RANK0 = {"100_3": [2, 1, 1], "100_10": [0, 4, 0], "101_3": [1, 1, 0], "101_10": [2, 0, 0]}
@@ -47,20 +46,6 @@ def save(tmp_path: Path):
         return folder
 
     return write
-
-
-def counts_of(path: Path, **options: Any) -> Counts:
-    """Read counts."""
-    counts = read_trace(path, **options)
-    assert isinstance(counts, Counts)
-    return counts
-
-
-def error_of(path: Path, **options: Any) -> TraceError:
-    """Return the error that reading gives."""
-    with pytest.raises(TraceError) as caught:
-        read_trace(path, **options)
-    return caught.value
 
 
 def test_ranks_are_summed(save) -> None:

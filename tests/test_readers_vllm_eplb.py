@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trace_cases import FakeModel, lines
+from trace_cases import FakeModel, counts_of, error_of, lines
 
-from moeplace.errors import Location, TraceError
-from moeplace.readers import read_trace
-from moeplace.trace import Counts
+from moeplace.errors import Location
 
 META = {
     "record_type": "eplb_load_meta",
@@ -45,20 +43,6 @@ def save(tmp_path: Path):
         return path
 
     return write
-
-
-def counts_of(path: Path, **options: Any) -> Counts:
-    """Read counts."""
-    counts = read_trace(path, **options)
-    assert isinstance(counts, Counts)
-    return counts
-
-
-def error_of(path: Path, **options: Any) -> TraceError:
-    """Return the error that reading gives."""
-    with pytest.raises(TraceError) as caught:
-        read_trace(path, **options)
-    return caught.value
 
 
 GOOD = stats(4, [[5, 1, 0, 2], [1, 2, 3, 4]])

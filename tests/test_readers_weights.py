@@ -9,28 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trace_cases import FakeModel
+from trace_cases import FakeModel, counts_of, error_of
 
 from moeplace.errors import Location, MissingExtraError, TraceError
 from moeplace.readers import open_trace, read_trace
-from moeplace.trace import Counts
 
 STEPS = [[[4, 0, 2], [3, 3, 0]], [[1, 1, 0], [2, 0, 0]]]
 NO_TORCH = "the extra torch is not installed"
-
-
-def counts_of(path: Path, **options: Any) -> Counts:
-    """Read counts."""
-    counts = read_trace(path, **options)
-    assert isinstance(counts, Counts)
-    return counts
-
-
-def error_of(path: Path, **options: Any) -> TraceError:
-    """Return the error that reading gives."""
-    with pytest.raises(TraceError) as caught:
-        read_trace(path, **options)
-    return caught.value
 
 
 @pytest.fixture

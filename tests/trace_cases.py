@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from moeplace.errors import TraceError
 from moeplace.readers import open_trace, read_trace
 from moeplace.trace import Counts, Trace, TraceMeta, concatenate
 
@@ -72,6 +73,20 @@ def streamed(path: Path, **options: Any) -> Trace:
     first, second = list(stream.blocks()), list(stream.blocks())
     assert_same(concatenate(first, stream.meta), concatenate(second, stream.meta))
     return concatenate(second, stream.meta)
+
+
+def counts_of(path: Path, **options: Any) -> Counts:
+    """Read counts."""
+    counts = read_trace(path, **options)
+    assert isinstance(counts, Counts)
+    return counts
+
+
+def error_of(path: Path, **options: Any) -> TraceError:
+    """Return the error that reading gives."""
+    with pytest.raises(TraceError) as caught:
+        read_trace(path, **options)
+    return caught.value
 
 
 def assert_same(left: Trace, right: Trace) -> None:
