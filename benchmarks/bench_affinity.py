@@ -19,9 +19,12 @@ from moeplace.readers import open_trace
 from moeplace.counting import PairCounter
 import numpy as np
 PairCounter(2, 4, compiled=True).add(np.zeros((1, 2, 1), np.uint8))
-started = time.perf_counter()
-stats = count_routing(open_trace(sys.argv[1]), threads=2)
-print(stats.num_tokens / (time.perf_counter() - started))
+rates = []
+for _ in range(3):
+    started = time.perf_counter()
+    stats = count_routing(open_trace(sys.argv[1]), threads=2)
+    rates.append(stats.num_tokens / (time.perf_counter() - started))
+print(max(rates))
 """
 
 

@@ -42,7 +42,7 @@ def _run(*words: str) -> str:
 
 def _both(trace: Path, common: list[str], folder: str, slots: list[str] | None = None) -> list[Case]:
     if not trace.exists():
-        return []
+        return [Case(name=f"skipped: {trace.parent.name} is not beside the checkout", value=float("nan"), unit="")]
     placed = str(Path(folder) / "placement.json")
     label = trace.parent.name if trace.name in ("routing.npz", "counts.npz") else trace.stem
     fit = [str(trace), *common, "--fit", "half:0", "--solver", "eplb", "-o", placed, *(slots or [])]

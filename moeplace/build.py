@@ -205,6 +205,10 @@ def assumptions(problem: Problem, choices: Choices) -> tuple[str, ...]:
         said.append("the trace holds only counts: load can be optimised, affinity and copies cannot be seen")
     elif problem.stats.source_load is None:
         said.append("home ranks are not recorded: requests are dealt over the GPUs evenly")
+    if choices.phase is None and problem.stats.sample is not None and len(np.unique(problem.stats.sample.phase)) > 1:
+        said.append(
+            f"load is counted over prefill and decode tokens, the step is a {problem.law.phase} one; see --phase"
+        )
     if problem.stats.has_tokens:
         said += law_sentences(problem.law, requests=choices.batch_requests, tokens=choices.batch_tokens)
     return tuple(said)

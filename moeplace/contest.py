@@ -35,12 +35,15 @@ class Contest:
         Where they are judged.
     assumptions
         What was not said but assumed, one sentence each.
+    fitted_on
+        Label → digest of the tokens a placement file says it was fitted on.
     """
 
     placements: Mapping[str, Placement]
     topologies: tuple[Topology, ...]
     model: ModelSpec
     assumptions: tuple[str, ...]
+    fitted_on: Mapping[str, str]
 
 
 def build_contest(
@@ -85,7 +88,13 @@ def build_contest(
         topologies=tuple(places),
         model=model,
         assumptions=tuple(said),
+        fitted_on={label: _trace_digest(file) for label, file in files.items() if file is not None},
     )
+
+
+def _trace_digest(file: PlacementFile) -> str:
+    provenance = file.details.get("provenance")
+    return str(provenance.get("trace_digest", "")) if isinstance(provenance, dict) else ""
 
 
 def compare_files(before: PlacementFile, after: PlacementFile, *, model: str | None = None) -> Change:
@@ -96,6 +105,18 @@ def compare_files(before: PlacementFile, after: PlacementFile, *, model: str | N
         after.placement,
         layer_ids=after.layer_ids,
         expert_bytes=None if spec is None else float(spec.expert_weight_bytes),
+    )
+
+
+def fit_sentences(contest: Contest, scores: Sequence[Score]) -> tuple[str, ...]:
+    """Say which placements were fitted on the very tokens they are scored on."""
+    scored = {entry.trace_digest for entry in scores}
+    seen = [label for label, digest in contest.fitted_on.items() if digest in scored]
+    if not seen:
+        return ()
+    verb = "was" if len(seen) == 1 else "were"
+    return (
+        f"{', '.join(seen)} {verb} fitted on these very tokens, which flatters the score: --fit and --test part them",
     )
 
 

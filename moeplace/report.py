@@ -24,6 +24,7 @@ from moeplace.summary import TraceSummary
 from moeplace.tails import QUANTILES, tail_steps
 
 GAP_BETWEEN = "  "
+LOG_EVERY_S = 0.5
 MIN_TEXT_WIDTH = 24
 MIN_TAIL_STEPS = 10
 STATUS_WORDS = {
@@ -48,9 +49,17 @@ TRAFFIC_WORDS = {
 }
 
 
+class PipeConsole(Console):
+    """A console that leaves a reader who has gone (``| head``) to the command line, which ends quietly."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what was caught instead of ending the program with an error."""
+        raise BrokenPipeError
+
+
 def console(*, err: bool = False) -> Console:
     """A console on standard output or error; colours only on a terminal, and never with NO_COLOR."""
-    return Console(file=sys.stderr if err else sys.stdout, highlight=False)
+    return PipeConsole(file=sys.stderr if err else sys.stdout, highlight=False)
 
 
 def write_json(document: Mapping[str, Any]) -> None:
@@ -152,6 +161,8 @@ class SolveLog(Report):
         self._live = self._out.is_terminal
         self._status_width = 0
         self._unit: str | None = None
+        self._shown_at = -LOG_EVERY_S
+        self._held: str | None = None
 
     def head(self, instance: Mapping[str, str], assumed: Sequence[str]) -> None:
         """Write the instance and what was assumed."""
@@ -165,6 +176,7 @@ class SolveLog(Report):
         """Announce a stage."""
         if self.shown:
             self._clear()
+            self._show_held()
             say(f"{self.seconds:7.1f}s  {name}: {detail}" if detail else f"{self.seconds:7.1f}s  {name}", self._out)
 
     def progress(self, done: float, total: float, what: str) -> None:
@@ -182,14 +194,26 @@ class SolveLog(Report):
             self._clear()
             entry = self.history[-1]
             if entry.unit != self._unit:
+                self._show_held()
                 self._unit = entry.unit
+                self._shown_at = -LOG_EVERY_S
                 say(_log_head(entry), self._out, "bold")
-            say(_improvement(entry), self._out)
+            self._held = _improvement(entry)
+            if self.seconds - self._shown_at >= LOG_EVERY_S:
+                self._show_held()
+                self._shown_at = self.seconds
+
+    def _show_held(self) -> None:
+        """Write the last improvement that was held back: a quick run of them is shown by its first and last."""
+        if self._held is not None:
+            say(self._held, self._out)
+            self._held = None
 
     def tail(self, solution: Solution, problem: Problem) -> None:
         """Write the answer if the log is shown."""
         if self.shown:
             self._clear()
+            self._show_held()
             self.summary(solution, problem)
 
     def summary(self, solution: Solution, problem: Problem) -> None:

@@ -61,8 +61,8 @@ def test_what_was_said_is_not_assumed() -> None:
     """Each choice silences its own sentence and no other."""
     problem = build_problem(TRACE)
     everything = assumptions(problem, Choices())
-    assert [sentence.split()[0] for sentence in everything] == ["the", "topology", "home", "a"]
-    for choices in (Choices(model="x"), Choices(topology="x"), Choices(batch_requests=10)):
+    assert [sentence.split()[0] for sentence in everything] == ["the", "topology", "home", "load", "a"]
+    for choices in (Choices(model="x"), Choices(topology="x"), Choices(batch_requests=10), Choices(phase="decode")):
         assert len(assumptions(problem, choices)) == len(everything) - 1
 
 

@@ -323,7 +323,7 @@ INPUT = {
     "solve t.npz --fit hlf:0": ("unknown split", "did you mean half"),
     "solve t.npz --fit domain:code": ("domain 'code'",),
     "solve t.npz --risk p99": ("fitted to the mean step", "moeplace score"),
-    "solve t.npz -s eplb --option polcy=global": ("no option 'polcy'", "its options are policy"),
+    "solve t.npz -s eplb --option polcy=global": ("no option 'polcy'", "its options are copies, policy"),
     "solve t.npz -s eplb --backend cbc": ("no option 'backend'",),
     "score t.npz lineer": ("unknown placement 'lineer'", "did you mean linear"),
     "score t.npz nope.json": ("nope.json: no such file",),
@@ -791,3 +791,45 @@ def test_an_interrupt_while_reading(shell: Shell, number: int, code: int) -> Non
     assert "Traceback" not in err
     assert (shell.folder / "p.json").read_text() == "kept"
     assert shell.files() == before
+
+
+def test_a_table_whose_reader_leaves_is_no_failure(tmp_path: Path) -> None:
+    """A table piped into a reader that has gone ends with exit code 0 and no message."""
+    words = [
+        sys.executable,
+        "-m",
+        "moeplace",
+        "stats",
+        str(Path(__file__).parents[1] / "traces" / "hand.jsonl"),
+        "-q",
+        "--num-gpus",
+        "2",
+    ]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.close()
+    _, said = child.communicate()
+    assert (child.returncode, said) == (0, b"")
+
+
+def test_a_placement_fitted_on_the_scored_tokens_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scoring on the fit part is allowed but said; scoring on the other part says nothing of the kind."""
+    trace, placed = str(Path(__file__).parents[1] / "traces" / "tinymoe_8x32_top4.npz"), str(tmp_path / "p.json")
+    assert run(["solve", trace, "--num-gpus", "8", "-s", "eplb", "--fit", "half:0", "-q", "-o", placed]) == 0
+    capsys.readouterr()
+    steps = ["--phase", "decode", "--batch-requests", "16", "--batches", "4"]
+    assert run(["score", trace, placed, "--test", "half:0", *steps]) == 0
+    assert "fitted on these very tokens" not in capsys.readouterr().err
+    whole = str(tmp_path / "whole.json")
+    assert run(["solve", trace, "--num-gpus", "8", "-s", "eplb", "--phase", "decode", "-q", "-o", whole]) == 0
+    assert run(["score", trace, whole, *steps]) == 0
+    assert "whole was fitted on these very tokens" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_not_the_exact_type_python_ends_itself_for() -> None:
+    """Ctrl-C raises a subclass of KeyboardInterrupt, so that the exit code is 130 whatever it crosses."""
+    from moeplace import cli
+
+    with pytest.raises(cli.Interrupted):
+        cli._interrupt(2, None)
+    assert issubclass(cli.Interrupted, KeyboardInterrupt)

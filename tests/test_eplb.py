@@ -294,3 +294,14 @@ def test_glm_counts_on_64_gpus() -> None:
     assert ratio.mean() < 1.2
     default = contiguous(problem.slots_per_gpu, problem.num_layers, 256)
     assert (ratio < max_over_mean(default, stats.load)).all()
+
+
+def test_without_copies_every_expert_is_placed_once_and_evenly() -> None:
+    """With copies=none each expert has one copy, spare slots stay empty, and GPUs hold evenly many experts."""
+    from moeplace.solvers.eplb import slots_without_copies
+
+    assert slots_without_copies(np.array([5, 5, 4, 4]), 16).tolist() == [4, 4, 4, 4]
+    assert slots_without_copies(np.array([9, 1, 1, 1]), 10).tolist() == [7, 1, 1, 1]
+    load = np.random.default_rng(0).lognormal(0, 1, (3, 16))
+    placed = balance_global(load, slots_without_copies(np.array([5, 5, 4, 4]), 16))
+    assert (placed.replicas() == 1).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -261,7 +262,9 @@ def test_composition_passes_the_placement_on(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_auto_takes_the_best_within_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default reports who won and why; a cheaper answer that exceeds the cap does not win."""
-    monkeypatch.setattr(solvers, "choose", lambda problem: (("linear", "eplb"), "for a test"))
+    monkeypatch.setattr(
+        solvers, "choose", lambda problem: ((solvers.Candidate("linear"), solvers.Candidate("eplb")), "for a test")
+    )
     trace = make_trace(0, tokens=4, layers=1, experts=4, top_k=1).replace(
         experts=np.array([0, 0, 1, 1, 2, 3]).reshape(6, 1, 1)[:4]
     )
@@ -333,3 +336,27 @@ def test_renamed_placements_cost_the_same() -> None:
     answer = solve(problem, "eplb")
     assert answer.placement is not None
     assert objective_value(renamed, relabel_placement(answer.placement, order)) == pytest.approx(answer.objective)
+
+
+def test_auto_never_answers_worse_than_what_it_names() -> None:
+    """With redundant slots auto tries filling them and leaving them empty, and keeps the better one."""
+    import moeplace
+
+    trace = moeplace.read_trace(Path(__file__).parents[1] / "traces" / "tinymoe_8x32_top4.npz")
+    problem = moeplace.build_problem(trace, topology="scale-out:2x4", redundant=8, batch_requests=8)
+    best = moeplace.solve(problem)
+    for options in ({}, {"policy": "global"}, {"policy": "global", "copies": "none"}):
+        rival = moeplace.solve(problem, "eplb", moeplace.Limits(options=options))
+        assert best.objective <= rival.objective * (1 + 1e-9)
+    assert any("copies=none" in note for note in best.notes)
+
+
+def test_a_method_that_cannot_start_from_another_says_so() -> None:
+    """``a+b`` notes when b does not use a's placement."""
+    import moeplace
+
+    trace = moeplace.read_trace(Path(__file__).parents[1] / "traces" / "hand.jsonl")
+    problem = moeplace.build_problem(trace, topology="scale-up:2")
+    answer = moeplace.solve(problem, "linear+eplb")
+    assert answer.solver == "linear+eplb"
+    assert any("eplb does not start from another placement" in note for note in answer.notes)

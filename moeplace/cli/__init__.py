@@ -104,8 +104,19 @@ def cli(ctx: click.Context, debug: bool) -> None:
     ctx.meta["debug"] = debug or bool(os.environ.get("MOEPLACE_DEBUG"))
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C. Python ends itself by the signal, whatever the exit code, once a plain one has crossed a nested exec."""
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise Interrupted
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    with contextlib.suppress(ValueError):
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
     # a scheduler's SIGTERM removes temporary files and stops a solver just as Ctrl-C does
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + signal.SIGTERM))

@@ -52,7 +52,7 @@ def score_command(
     over steps, with 95 % intervals. Times are model outputs for the MoE layers (experts, dispatch, combine), not
     measurements.
     """
-    from moeplace.contest import build_contest, score_sentences
+    from moeplace.contest import build_contest, fit_sentences, score_sentences
     from moeplace.report import score_tables, write_json
     from moeplace.scoring import score, scores_to_dict
     from moeplace.trace import Counts
@@ -71,6 +71,7 @@ def score_command(
         **{name: options[name] for name in ("phase", "dataflow", "batches", "seed", "threads")},
     )
     said = (*source.meta.assumptions, *contest.assumptions, *score_sentences(scores, source, choices))
+    said = (*said, *fit_sentences(contest, scores))
     warn(said, quiet=options["quiet"])
     if options["as_json"]:
         write_json(scores_to_dict(scores))

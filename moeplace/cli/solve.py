@@ -70,7 +70,7 @@ Examples:
     "-s",
     metavar="NAME",
     default="auto",
-    help="NAME, or NAME+NAME where each starts from the one before (moeplace list solvers).",
+    help="NAME, or NAME+NAME where each starts from the one before, if it can (moeplace list solvers).",
 )
 @option("--backend", type=click.Choice(["cbc", "cpsat"]), help="Integer programming solver of moetuner.")
 @option("--equal-experts", type=click.Choice(["layer", "model"]), default="layer", help="Where slots are counted.")

@@ -11,6 +11,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Protocol
 
@@ -42,6 +43,23 @@ class Solver(Protocol):
         """Answer the problem within the limits, telling the report how it goes."""
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A method ``auto`` tries: its name, options the user did not set, and its share of the work budget."""
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    work: float = 1.0
+
+    def __str__(self) -> str:
+        settings = " ".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.name} ({settings})" if settings else self.name
+
+    def limits(self, limits: Limits) -> Limits:
+        """Return its limits: the user's options win."""
+        return limits.replace(work=limits.work * self.work, options={**self.options, **limits.options})
+
+
 def list_solvers() -> tuple[str, ...]:
     """Names of every solver, sorted, without importing any."""
     own = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
@@ -68,21 +86,19 @@ def load_solver(name: str) -> Solver:
     return module
 
 
-def choose(problem: Problem) -> tuple[tuple[str, ...], str]:
-    """Solvers that ``auto`` tries for a problem, and why."""
+def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
+    """Methods that ``auto`` tries for a problem, each with its options, and why."""
     binaries = problem.num_layers * problem.num_experts * problem.num_gpus
+    tried = [Candidate("linear"), Candidate("eplb")]
+    if problem.model.num_groups > 1 and problem.topology.num_nodes > 1:
+        tried.append(Candidate("eplb", {"policy": "global"}))
     if problem.num_slots > problem.num_experts:
-        return ("linear", "eplb"), "redundant slots: only methods that place copies"
+        # a copy costs its weights' reading in every step: with few tokens per expert it may not pay
+        return (*tried, Candidate("eplb", {"policy": "global", "copies": "none"})), "redundant slots, filled and not"
     if binaries <= AUTO_BINARIES:
-        return ("linear", "eplb", "moetuner"), f"{binaries:,} binaries: small enough for a short integer programme too"
-    return ("linear", "eplb"), f"{binaries:,} binaries: too many for integer programmes"
-
-
-def _auto_limits(name: str, limits: Limits) -> Limits:
-    """Return the limits of one method that ``auto`` tries: integer programmes get a small share of the work."""
-    if name != "moetuner":
-        return limits
-    return limits.replace(work=limits.work * AUTO_WORK, options={"backend": "cpsat", **limits.options})
+        short = Candidate("moetuner", {"backend": "cpsat"}, AUTO_WORK)
+        return (*tried, short), f"{binaries:,} binaries: small enough for a short integer programme too"
+    return tuple(tried), f"{binaries:,} binaries: too many for integer programmes"
 
 
 def solve(problem: Problem, solver: str = AUTO, limits: Limits | None = None, report: Report | None = None) -> Solution:
@@ -93,7 +109,8 @@ def solve(problem: Problem, solver: str = AUTO, limits: Limits | None = None, re
     problem
         What to place.
     solver
-        A name of :func:`list_solvers`, several joined by ``+`` (each starts from the one before), or ``auto``.
+        A name of :func:`list_solvers`, several joined by ``+`` (each starts from the one before if its module sets
+        ``USES_START``), or ``auto``.
     limits, report
         Work limits and where progress goes; defaults are five minutes and silence.
 
@@ -111,29 +128,43 @@ def solve(problem: Problem, solver: str = AUTO, limits: Limits | None = None, re
     """
     limits, report = limits or Limits(), report or Report()
     check_cap(problem)
-    names, why = choose(problem) if solver == AUTO else (tuple(solver.split("+")), "")
-    _check_options(solver, names, limits)
     if solver == AUTO:
-        report.stage(AUTO, f"{', '.join(names)} ({why})")
-        answers = [
-            _run(problem, name, _auto_limits(name, limits), report)
-            for name in names
-            if not limits.stop.is_set() or name == names[0]
-        ]
-        found = [answer for answer in answers if answer.placement is not None]
-        within = [answer for answer in found if not _over_cap(problem, answer.placement).any()]
-        best = min(within or found or answers[:1], key=lambda answer: answer.objective)
-        note = f"auto tried {', '.join(answer.solver for answer in answers)}; {best.solver} is best ({why})"
-        return _finish(problem, best.replace(notes=(*best.notes, note), history=tuple(report.history)))
+        return _solve_auto(problem, limits, report)
+    return _solve_chain(problem, tuple(solver.split("+")), limits, report)
+
+
+def _solve_auto(problem: Problem, limits: Limits, report: Report) -> Solution:
+    candidates, why = choose(problem)
+    _check_options(AUTO, [candidate.name for candidate in candidates], limits)
+    report.stage(AUTO, f"{', '.join(map(str, candidates))} ({why})")
+    tried: list[tuple[Candidate, Solution]] = []
+    for candidate in candidates:
+        if not tried or not limits.stop.is_set():
+            report.stage(str(candidate), load_solver(candidate.name).DESCRIPTION)
+            tried.append((candidate, _run(problem, candidate.name, candidate.limits(limits), report)))
+    found = [entry for entry in tried if entry[1].placement is not None]
+    within = [entry for entry in found if not _over_cap(problem, entry[1].placement).any()]
+    chosen, best = min(within or found or tried[:1], key=lambda entry: entry[1].objective)
+    note = f"auto tried {', '.join(str(candidate) for candidate, _ in tried)}; {chosen} is best ({why})"
+    return _finish(problem, best.replace(notes=(*best.notes, note), history=tuple(report.history)))
+
+
+def _solve_chain(problem: Problem, names: Sequence[str], limits: Limits, report: Report) -> Solution:
+    _check_options("+".join(names), names, limits)
     answer: Solution | None = None
+    ignored: list[str] = []
     for name in names:
-        start = problem if answer is None or answer.placement is None else problem.replace(start=answer.placement)
-        answer = _run(start, name, limits, report)
+        start = None if answer is None else answer.placement
+        if start is not None and not getattr(load_solver(name), "USES_START", False):
+            ignored.append(f"{name} does not start from another placement: the answer is its own")
+        report.stage(name, load_solver(name).DESCRIPTION)
+        answer = _run(problem if start is None else problem.replace(start=start), name, limits, report)
         if limits.stop.is_set():
             break
     if answer is None:
         raise SolverError("no solver was named")
-    return _finish(problem, answer.replace(solver=solver, history=tuple(report.history)))
+    notes = (*answer.notes, *ignored)
+    return _finish(problem, answer.replace(solver="+".join(names), notes=notes, history=tuple(report.history)))
 
 
 def check_cap(problem: Problem) -> None:
@@ -167,7 +198,6 @@ def _check_options(solver: str, names: Sequence[str], limits: Limits) -> None:
 def _run(problem: Problem, name: str, limits: Limits, report: Report) -> Solution:
     module = load_solver(name)
     own = {option: value for option, value in limits.options.items() if option in module.OPTIONS}
-    report.stage(name, module.DESCRIPTION)
     answer = module.solve(problem, limits.replace(options=own), report)
     if answer.placement is not None:
         value = verify(problem, answer)

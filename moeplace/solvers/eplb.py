@@ -20,14 +20,16 @@ import numpy as np
 
 from moeplace.errors import InputError, ProblemError
 from moeplace.frozen import Floats, Ints
-from moeplace.placement import EMPTY, Placement
+from moeplace.placement import EMPTY, Placement, spread_slots
 from moeplace.problem import Problem
 from moeplace.solution import Limits, Report, Solution, found
 
 DESCRIPTION = "DeepSeek's EPLB: replicate the hottest experts, pack copies heaviest first"
 POLICIES = ("auto", "hierarchical", "global")
+COPIES = ("fill", "none")
 OPTIONS: Mapping[str, str] = {
     "policy": "auto (hierarchical where expert groups divide over nodes), hierarchical or global",
+    "copies": "fill (default: every spare slot gets a copy) or none (spare slots stay empty)",
 }
 
 
@@ -44,15 +46,25 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
             rule="the hierarchical policy packs whole groups, the same number onto every node",
             hint="--option policy=global, or auto",
         )
+    if limits.options.get("copies", "fill") not in COPIES:
+        raise InputError(f"EPLB copies {limits.options['copies']!r}", rule=f"one of {', '.join(COPIES)}")
+    slots = problem.slots_per_gpu
+    if limits.options.get("copies") == "none":
+        slots = slots_without_copies(slots, problem.num_experts)
     load = problem.stats.load.astype(np.float64)
     hierarchical = grouped and policy != "global"
-    placement = (
-        balance_hierarchical(load, problem.slots_per_gpu, nodes, groups)
-        if hierarchical
-        else balance_global(load, problem.slots_per_gpu)
-    )
+    placement = balance_hierarchical(load, slots, nodes, groups) if hierarchical else balance_global(load, slots)
     policy = "hierarchical" if hierarchical else "global"
     return found(problem, placement, limits, report, solver="eplb", notes=(f"EPLB's {policy} policy",))
+
+
+def slots_without_copies(slots_per_gpu: Ints, num_experts: int) -> Ints:
+    """``[GPU]`` slots that hold every expert once, as evenly as the given slots allow."""
+    rooms = np.minimum(slots_per_gpu, spread_slots(num_experts, len(slots_per_gpu)))
+    while (missing := num_experts - int(rooms.sum())) > 0:
+        open_gpus = np.flatnonzero(rooms < slots_per_gpu)
+        rooms[open_gpus[np.argsort(rooms[open_gpus], kind="stable")][:missing]] += 1
+    return rooms
 
 
 def balance_global(load: Floats, slots_per_gpu: Ints) -> Placement:

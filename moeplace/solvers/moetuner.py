@@ -38,6 +38,7 @@ OPTIONS: Mapping[str, str] = {
 }
 WORK_1, WORK_2 = 20.0, 20.0
 SHARE_1 = 0.6
+GENEROUS = 5.0
 MAX_TERMS = 200_000
 TRANSFER = "pairs per GB/s"
 
@@ -158,7 +159,9 @@ class _Run:
         return None
 
     def _cluster_layer(self, tally: Tally, i: int, layer: Layer, layers_left: int) -> None:
-        left_s = (SHARE_1 * self.limits.time_limit_s - self.clock.seconds) / layers_left
+        left_s = SHARE_1 * self.limits.time_limit_s - self.clock.seconds
+        # a fair share would let the clock cut layers whose work budget fits the whole limit easily
+        left_s *= min(1.0, GENEROUS / layers_left)
         if self.clock.interrupted or left_s <= 0:
             tally.reasons[i] = self.clock.stop_reason()
             return
