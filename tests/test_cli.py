@@ -833,3 +833,21 @@ def test_an_interrupt_is_not_the_exact_type_python_ends_itself_for() -> None:
     with pytest.raises(cli.Interrupted):
         cli._interrupt(2, None)
     assert issubclass(cli.Interrupted, KeyboardInterrupt)
+    assert cli.Interrupted.seen
+    cli.Interrupted.seen = False
+
+
+def test_an_interrupt_lost_in_an_import_still_counts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error that stands in for a lost Ctrl-C ends with 130, not as an error."""
+    from moeplace import cli
+
+    def fail(*words: object, **settings: object) -> None:
+        raise ImportError("initialization failed")
+
+    monkeypatch.setattr(cli.cli, "main", fail)
+    assert cli.run(["stats"]) == 1
+    monkeypatch.setattr(cli.Interrupted, "seen", True)
+    assert cli.run(["stats"]) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")

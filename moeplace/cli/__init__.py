@@ -105,10 +105,16 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C. Python ends itself by the signal, whatever the exit code, once a plain one has crossed a nested exec."""
+    """Ctrl-C. Python ends itself by the signal, whatever the exit code, once a plain one has crossed a nested exec.
+
+    ``seen`` tells of one that was lost: importing an extension module turns it into an ImportError.
+    """
+
+    seen = False
 
 
 def _interrupt(number: int, frame: object) -> None:
+    Interrupted.seen = True
     raise Interrupted
 
 
@@ -145,6 +151,9 @@ def run(args: list[str] | None = None) -> int:
         _silence_stdout()
         return 0
     except Exception as error:
+        if Interrupted.seen and not isinstance(error, MoeplaceError):
+            _tell("interrupted")
+            return EXIT_INTERRUPTED
         if debug:
             raise
         _tell(_message(error))
