@@ -359,6 +359,16 @@ def stats_tables(summary: TraceSummary, instance: Mapping[str, str]) -> None:
     write_table(rows, right=range(len(rows[0])))
 
 
+def stats_notes(patterns: Sequence[str], findings: Sequence[str]) -> None:
+    """Write what the trace shows of the published patterns, and what looks wrong with it."""
+    out = console()
+    for head, lines in (("patterns", patterns), ("checks", findings or ["nothing looks wrong with the trace"])):
+        say("", out)
+        say(head, out, "bold")
+        for line in lines:
+            say(line, out)
+
+
 def diff_table(change: Change) -> None:
     """Write what moves, per GPU."""
     out = console()

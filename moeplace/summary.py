@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from moeplace.affinity import RoutingStats
-from moeplace.frozen import Ints
+from moeplace.measures import load_skew, pair_concentration
 from moeplace.metrics import max_over_mean
 from moeplace.placement import spread_slots
 from moeplace.solvers.linear import contiguous
 
-TOP_EXPERTS, TOP_PAIRS = 0.10, 0.20
 DIGITS = 6
 
 
@@ -79,32 +76,19 @@ def summarise_trace(stats: RoutingStats, num_gpus: int) -> TraceSummary:
 
 
 def _layer(stats: RoutingStats, layer: int, gpu: float) -> LayerSummary:
-    load = stats.load[layer].astype(np.float64)
-    busiest = np.sort(load)[::-1]
+    skew = load_skew(stats.load[layer])
     pairs: tuple[float | None, float | None] = (None, None)
     if stats.transition is not None and layer < len(stats.transition):
         pairs = pair_concentration(stats.transition[layer])
     return LayerSummary(
         layer_id=stats.meta.layer_ids[layer],
-        expert_max_over_mean=float(load.max() / load.mean()),
-        variation=float(load.std() / load.mean()),
-        top_expert_share=float(busiest[: max(1, round(TOP_EXPERTS * len(load)))].sum() / load.sum()),
+        expert_max_over_mean=skew.max_over_mean,
+        variation=skew.variation,
+        top_expert_share=skew.top_share,
         gpu_max_over_mean=gpu,
         top_pair_share=pairs[0],
         top_pair_share_independent=pairs[1],
     )
-
-
-def pair_concentration(transition: Ints, share: float = TOP_PAIRS) -> tuple[float, float]:
-    """Share of transitions held by the busiest ``share`` of pairs, and the same if both layers were independent."""
-    total = float(transition.sum())
-    count = round(share * transition.size)
-    independent = np.outer(transition.sum(axis=1), transition.sum(axis=0)) / total
-    return _top(transition, count) / total, _top(independent, count) / total
-
-
-def _top(values: Any, count: int) -> float:
-    return float(np.sort(values, axis=None)[values.size - count :].sum())
 
 
 def _round(value: Any) -> Any:

@@ -413,7 +413,7 @@ def test_unexpected_errors_are_one_line_unless_debugged(shell: Shell, monkeypatc
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr("moeplace.affinity.count_routing", broken)
+    monkeypatch.setattr("moeplace.profile.count_and_profile", broken)
     assert shell("stats t.npz", 1).err == "error: RuntimeError: a fault (unexpected; --debug shows where)\n"
     with pytest.raises(RuntimeError):
         run(["stats", "t.npz", "--debug"])
@@ -486,6 +486,7 @@ def test_json_of_every_command_is_sorted_and_repeats(shell: Shell) -> None:
         "stats": "stats t.npz --json",
         "diff": "diff p.json p.json --json",
         "convert": "convert t.npz u.jsonl --json",
+        "synth": "synth olmoe-1b-7b --tokens 600 -o s.npz --json",
         "list": "list models --json",
         "doctor": "doctor --json",
     }
@@ -851,3 +852,13 @@ def test_an_interrupt_lost_in_an_import_still_counts(
     monkeypatch.setattr(cli.Interrupted, "seen", True)
     assert cli.run(["stats"]) == 130
     assert capsys.readouterr().err.endswith("interrupted\n")
+
+
+def test_stats_tells_patterns_and_what_looks_wrong(shell: Shell) -> None:
+    """After the table come six published patterns, each with the published figure, and the findings; JSON has both."""
+    text = shell("stats t.npz").out
+    assert text.count("(published: ") == 6
+    assert "\nchecks\n" in text
+    document = shell("stats t.npz --json").json
+    assert {"insight", "findings", "per_layer"} <= set(document)
+    assert {finding["check"] for finding in document["findings"]} >= {"few-requests"}

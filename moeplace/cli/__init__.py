@@ -25,6 +25,7 @@ COMMANDS = {
     "stats": ("moeplace.cli.traces", "Show what a routing trace says."),
     "diff": ("moeplace.cli.score", "Compare two placements: what moves, and how much."),
     "convert": ("moeplace.cli.traces", "Turn a trace into another native format, or a part of it."),
+    "synth": ("moeplace.cli.synth", "Make a synthetic trace in the shape of a model."),
     "list": ("moeplace.cli.info", "List solvers, topologies, models, accelerators or formats."),
     "doctor": ("moeplace.cli.info", "Show versions and what this machine can run."),
 }

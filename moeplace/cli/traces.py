@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -34,22 +35,28 @@ def stats_command(trace: str, fit: str | None, **options: Any) -> None:
 
     Per layer: how skewed the load is, over experts and over GPUs when experts are placed contiguously, and what share
     of the transitions to the next layer the busiest fifth of expert pairs holds, beside what popularity alone would
-    give.
+    give. Then what the trace shows of six published patterns, beside the published figures (arXiv 2510.05497), and what
+    looks wrong with it.
     """
-    from moeplace.affinity import count_routing
     from moeplace.build import describe_trace, topology_for
-    from moeplace.report import stats_tables, write_json
+    from moeplace.checks import check_trace
+    from moeplace.insight import measure_trace, patterns
+    from moeplace.profile import count_and_profile
+    from moeplace.report import stats_notes, stats_tables, write_json
     from moeplace.summary import summarise_trace
 
     source = open_source(trace, options, split=fit)
-    stats = count_routing(source, threads=options["threads"])
+    stats, profile = count_and_profile(source, threads=options["threads"])
+    insight, findings = measure_trace(stats, profile), check_trace(source, stats)
     topology = topology_for(choices_of(options), stats)
     summary = summarise_trace(stats, topology.num_gpus)
     warn(source.meta.assumptions, quiet=options["quiet"])
     if options["as_json"]:
-        write_json(summary.to_dict())
+        found = [asdict(finding) for finding in findings]
+        write_json(summary.to_dict() | {"insight": insight.to_dict(), "findings": found})
         return
     stats_tables(summary, describe_trace(stats, topology.num_gpus))
+    stats_notes([str(pattern) for pattern in patterns(insight)], [str(finding) for finding in findings])
 
 
 @click.command("convert", epilog=CONVERT_EPILOG)
