@@ -131,9 +131,15 @@ def score(
     for topology in places:
         for placement in placements.values():
             check_shapes(placement, source.meta.num_layers, source.meta.num_experts, topology)
+    if isinstance(source, Counts) and dataflow != DISPATCH_COMBINE:
+        raise InputError(
+            "counts cannot be scored under context-coherent execution",
+            hint="use dispatch-combine, or a per-token trace",
+        )
     stats = count_routing(source, threads=options.get("threads", 1))
+    entries = [_Entry.of(label, placements[label], topology, stats) for topology in places for label in placements]
     if isinstance(source, Counts):
-        return _score_counts(source, stats, placements, places, model, options)
+        return tuple(entry.on_counts(source, model, options.get("phase")) for entry in entries)
     index = TokenIndex.of(source)
     phases = [options["phase"]] if options.get("phase") else index.phases()
     scores = []
@@ -141,10 +147,7 @@ def score(
         law = default_law(index, phase, requests=options.get("requests"), tokens=options.get("tokens"))
         chosen = {name: options[name] for name in ("batches", "seed") if options.get(name) is not None}
         steps = draw_steps(source, index, law.replace(**chosen))
-        for topology in places:
-            for label, placement in placements.items():
-                run = simulate(steps, placement, topology, model, dataflow=dataflow)
-                scores.append(_score_of(label, placement, topology, stats, run, steps.law, dataflow))
+        scores += [entry.on_steps(steps, model, dataflow) for entry in entries]
     return tuple(scores)
 
 
@@ -173,47 +176,48 @@ def law_for(source: TraceStream | Counts, num_gpus: int, **options: Any) -> Batc
     return default_law(index, phase, requests=options.get("requests"), tokens=options.get("tokens"))
 
 
-def _score_counts(
-    counts: Counts,
-    stats: RoutingStats,
-    placements: Mapping[str, Placement],
-    topologies: Sequence[Topology],
-    model: ModelSpec,
-    options: Mapping[str, Any],
-) -> tuple[Score, ...]:
-    if options.get("dataflow", DISPATCH_COMBINE) != DISPATCH_COMBINE:
-        raise InputError(
-            "counts cannot be scored under context-coherent execution",
-            hint="use dispatch-combine, or a per-token trace",
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """A placement on a topology, with what does not depend on the phase measured once."""
+
+    label: str
+    placement: Placement
+    topology: Topology
+    max_over_mean: Floats
+    traffic: TrafficMetrics
+    trace_digest: str
+
+    @classmethod
+    def of(cls, label: str, placement: Placement, topology: Topology, stats: RoutingStats) -> _Entry:
+        return cls(
+            label=label,
+            placement=placement,
+            topology=topology,
+            max_over_mean=max_over_mean(placement, stats.load),
+            traffic=traffic_metrics(stats, placement, topology),
+            trace_digest=stats.trace_digest,
         )
-    scores = []
-    for topology in topologies:
-        law = counts_law(counts, topology.num_gpus, options.get("phase"))
-        for label, placement in placements.items():
-            run = simulate_counts(counts, placement, topology, model, phase=law.phase)
-            scores.append(_score_of(label, placement, topology, stats, run, law, DISPATCH_COMBINE))
-    return tuple(scores)
 
+    def on_steps(self, steps: Steps, model: ModelSpec, dataflow: str) -> Score:
+        run = simulate(steps, self.placement, self.topology, model, dataflow=dataflow)
+        return self._score(run, steps.law, dataflow)
 
-def _score_of(
-    label: str,
-    placement: Placement,
-    topology: Topology,
-    stats: RoutingStats,
-    run: Simulation,
-    law: BatchLaw,
-    dataflow: str,
-) -> Score:
-    return Score(
-        placement=label,
-        topology=topology.name,
-        law=law,
-        dataflow=dataflow,
-        simulation=run,
-        max_over_mean=max_over_mean(placement, stats.load),
-        traffic=traffic_metrics(stats, placement, topology),
-        trace_digest=stats.trace_digest,
-    )
+    def on_counts(self, counts: Counts, model: ModelSpec, phase: str | None) -> Score:
+        law = counts_law(counts, self.topology.num_gpus, phase)
+        run = simulate_counts(counts, self.placement, self.topology, model, phase=law.phase)
+        return self._score(run, law, DISPATCH_COMBINE)
+
+    def _score(self, run: Simulation, law: BatchLaw, dataflow: str) -> Score:
+        return Score(
+            placement=self.label,
+            topology=self.topology.name,
+            law=law,
+            dataflow=dataflow,
+            simulation=run,
+            max_over_mean=self.max_over_mean,
+            traffic=self.traffic,
+            trace_digest=self.trace_digest,
+        )
 
 
 def scores_to_dict(scores: Sequence[Score]) -> dict[str, Any]:

@@ -69,24 +69,15 @@ class Tally:
 
     def stage(self) -> Stage:
         """The sum over layers as one stage."""
-        if self.infeasible:
-            return Stage(
-                name=self.name,
-                objective=math.inf,
-                bound=None,
-                unit=SELECTIONS,
-                status=Status.INFEASIBLE,
-                stop_reason=StopReason.PROVEN,
-            )
         reason = worst(self.reasons)
-        if self.missing:
+        if self.infeasible or self.missing:
             return Stage(
                 name=self.name,
                 objective=math.inf,
                 bound=None,
                 unit=SELECTIONS,
-                status=Status.UNKNOWN,
-                stop_reason=reason,
+                status=Status.INFEASIBLE if self.infeasible else Status.UNKNOWN,
+                stop_reason=StopReason.PROVEN if self.infeasible else reason,
             )
         return stage_of(self.name, sum(self.value), sum(self.bound), SELECTIONS, reason)
 
