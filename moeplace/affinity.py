@@ -7,7 +7,7 @@ each of the ``k·k`` entries ``transition[l, e, f]``, and 1 to each of the ``k·
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplace.counting import PairCounter
+from moeplace.counting import PairCounter, Tables
 from moeplace.errors import ProblemError, TraceError
+from moeplace.fingerprint import Hashes, TraceDigest, hashed, token_hashes
 from moeplace.frozen import digest, frozen_array, replaced, seal
-from moeplace.trace import PHASES, Counts, Trace, TraceDigest, TraceMeta, TraceStream, concatenate
+from moeplace.merging import Array, RowSample, packed, summed
+from moeplace.trace import COLUMNS, PHASES, Counts, Trace, TraceMeta, TraceStream, assembled, id_dtype
 
 DEFAULT_SAMPLE_TOKENS = 200_000
 MAX_SOURCE_RANKS = 1024  # a table of every rank's load stays small; larger rank numbers are not ranks of one engine
@@ -135,49 +137,159 @@ def count_routing(
     """
     if isinstance(source, Counts):
         return _from_counts(source)
-    if sample_tokens < 1:
-        raise ProblemError(f"a sample of {sample_tokens} tokens", rule="at least 1")
-    meta = source.meta
-    counter = PairCounter(meta.num_layers, meta.num_experts, threads=threads)
-    sampler = TokenSampler(sample_tokens, seed)
-    hasher, requests, sources = TraceDigest(), _DistinctValues(), _SourceLoad(meta)
-    tokens = 0
-    for block in _read_ahead(source) if threads > 1 else source.blocks():
+    tally = RoutingTally(source.meta, sample_tokens=sample_tokens, seed=seed, threads=threads)
+    tally.add_all(source.blocks())
+    return tally.result()
+
+
+class RoutingTally:
+    """Running counts of a trace. Tallies of its parts merge into that of the whole, in any order.
+
+    Parameters
+    ----------
+    meta
+        The model's shape. A tally of a part may know fewer experts than the whole has.
+    sample_tokens, seed, threads
+        As for :func:`count_routing`.
+    compiled
+        Use the compiled counting loops; default: once the work is large.
+    """
+
+    def __init__(
+        self,
+        meta: TraceMeta,
+        *,
+        sample_tokens: int = DEFAULT_SAMPLE_TOKENS,
+        seed: int = 0,
+        threads: int = 1,
+        compiled: bool | None = None,
+    ) -> None:
+        if sample_tokens < 1:
+            raise ProblemError(f"a sample of {sample_tokens} tokens", rule="at least 1")
+        self.meta, self._threads = meta, threads
+        self._counter = PairCounter(meta.num_layers, meta.num_experts, threads=threads, compiled=compiled)
+        self._sampler = TokenSampler(sample_tokens, seed)
+        self._digest, self._sources = TraceDigest(), _SourceLoad(meta)
+        self._requests = np.zeros(0, np.int64)
+        self.num_tokens = 0
+
+    @property
+    def num_experts(self) -> int:
+        """Experts per layer that are known so far."""
+        return self._counter.tables.load.shape[1]
+
+    def add(self, block: Trace, hashes: Hashes | None = None, first: int | None = None) -> None:
+        """Add the tokens of a block.
+
+        Parameters
+        ----------
+        block
+            Tokens of the model.
+        hashes
+            Their :func:`~moeplace.fingerprint.token_hashes`, if they are at hand.
+        first
+            Place of the first token in the whole trace; default: behind the tokens added before.
+        """
         if block.num_tokens == 0:
-            continue
-        counter.add(block.experts)
-        sampler.add(block, tokens)
-        hasher.update(block)
-        requests.add(block.request)
-        sources.add(block)
-        tokens += block.num_tokens
-    if tokens == 0:
-        raise TraceError("no tokens", rule="a trace holds at least one token", hint="the selection may be empty")
-    tables = counter.tables
-    together = tables.together + tables.together.transpose(0, 2, 1)
-    diagonal = np.arange(meta.num_experts)
-    together[:, diagonal, diagonal] = tables.load
-    return RoutingStats(
-        meta=meta,
-        load=tables.load,
-        num_tokens=tokens,
-        num_requests=len(requests),
-        transition=tables.transition,
-        coactivation=together,
-        sample=sampler.result(meta),
-        source_load=sources.result(),
-        trace_digest=hasher.hexdigest(),
-    )
+            return
+        hashes = token_hashes(block) if hashes is None else hashes
+        self._counter.add(block.experts)
+        self._sampler.add(block, hashes, self.num_tokens if first is None else first)
+        self._digest.update(block, hashes)
+        self._requests = np.union1d(self._requests, block.request)
+        self._sources.add(block)
+        self.num_tokens += block.num_tokens
+
+    def add_all(self, blocks: Iterator[Trace], watch: Callable[[Trace, Hashes], None] | None = None) -> None:
+        """Add every block; ``watch`` sees each with its hashes. With threads the next is read while one is counted."""
+
+        def prepared() -> Iterator[tuple[Trace, Hashes]]:
+            for block in blocks:
+                if block.num_tokens:
+                    hashes = token_hashes(block)
+                    if watch is not None:
+                        watch(block, hashes)
+                    yield block, hashes
+
+        for block, hashes in _read_ahead(prepared()) if self._threads > 1 else prepared():
+            self.add(block, hashes)
+
+    def merge(self, other: RoutingTally) -> None:
+        """Add the tokens of another tally of the same model."""
+        mine, theirs = self._counter.tables, other._counter.tables
+        self._counter.tables = Tables(
+            load=summed(mine.load, theirs.load),
+            transition=summed(mine.transition, theirs.transition),
+            together=summed(mine.together, theirs.together),
+        )
+        self._sampler.merge(other._sampler)
+        self._digest.merge(other._digest)
+        self._requests = np.union1d(self._requests, other._requests)
+        self._sources.merge(other._sources)
+        self.num_tokens += other.num_tokens
+
+    def result(self, meta: TraceMeta | None = None) -> RoutingStats:
+        """Return the statistics of all tokens so far; ``meta`` is the whole trace's where the tally's is a part's.
+
+        Raises
+        ------
+        TraceError
+            No token was added.
+        """
+        meta = meta or self.meta
+        if self.num_tokens == 0:
+            raise TraceError("no tokens", rule="a trace holds at least one token", hint="the selection may be empty")
+        load, square = (meta.num_layers, meta.num_experts), (meta.num_experts, meta.num_experts)
+        tables = self._counter.tables
+        together = summed(np.zeros((meta.num_layers, *square), np.int64), tables.together)
+        together += together.transpose(0, 2, 1).copy()
+        diagonal = np.arange(meta.num_experts)
+        counted = summed(np.zeros(load, np.int64), tables.load)
+        together[:, diagonal, diagonal] = counted
+        return RoutingStats(
+            meta=meta,
+            load=counted,
+            num_tokens=self.num_tokens,
+            num_requests=len(self._requests),
+            transition=summed(np.zeros((meta.num_layers - 1, *square), np.int64), tables.transition),
+            coactivation=together,
+            sample=self._sampler.result(meta),
+            source_load=self._sources.result(meta),
+            trace_digest=self._digest.hexdigest(),
+        )
+
+    def state(self) -> dict[str, Array]:
+        """Return the tally as named arrays, for :meth:`restore`."""
+        tables = self._counter.tables
+        known = {} if self._sources.table is None else {"sources": self._sources.table}
+        return {
+            "load": tables.load,
+            "transition": packed(tables.transition),
+            "together": packed(tables.together),
+            "requests": self._requests,
+            "tokens": np.array(self.num_tokens),
+            "digest": self._digest.totals,
+            **known,
+            **{f"sample/{name}": column for name, column in self._sampler.kept.state().items()},
+        }
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Take on what :meth:`state` returned of a tally of the same model and sample."""
+        self._counter.tables = Tables(**{name: state[name] for name in ("load", "transition", "together")})
+        self._requests, self.num_tokens = state["requests"], int(state["tokens"])
+        self._digest.restore(state["digest"], (self.meta.num_layers, self.meta.top_k))
+        self._sources.table = state.get("sources")
+        sample = {name.removeprefix("sample/"): column for name, column in state.items() if name.startswith("sample/")}
+        self._sampler.kept = RowSample.restored(self._sampler.kept.size, sample)
 
 
-def _read_ahead(source: TraceStream) -> Iterator[Trace]:
-    """Yield the blocks of a source, the next one being read while the last one is counted."""
-    blocks = iter(source.blocks())
+def _read_ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """Yield items, the next one being made while the last one is used."""
     with ThreadPoolExecutor(1) as reader:
-        following = reader.submit(next, blocks, None)
-        while (block := following.result()) is not None:
-            following = reader.submit(next, blocks, None)
-            yield block
+        following = reader.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = reader.submit(next, items, None)
+            yield item
 
 
 def load_by_phase(source: TraceStream) -> npt.NDArray[np.int64]:
@@ -214,80 +326,53 @@ def grouped_load(block: Trace, group: npt.NDArray[Any], num_groups: int) -> npt.
     return table
 
 
-def hashed(index: npt.NDArray[Any], seed: int) -> npt.NDArray[np.uint64]:
-    """Well-mixed 64-bit value of each index (the finaliser of SplitMix64, Steele et al., OOPSLA 2014)."""
-    value = index.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
 class TokenSampler:
-    """Uniform sample of at most ``size`` tokens of a stream, independent of how it is cut into blocks.
+    """Uniform sample of at most ``size`` tokens of a trace, independent of how it is cut into parts.
 
-    Each token has a hashed priority; the ``size`` smallest are kept, in recorded order.
+    Each token's hash, mixed with the seed, is its priority; the ``size`` smallest are kept, in recorded order.
     """
 
     def __init__(self, size: int, seed: int) -> None:
-        self._size, self._seed = size, seed
-        self._parts: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64], Trace]] = []
-        self._held = 0
-        self._threshold = np.iinfo(np.uint64).max
+        self._seed = seed
+        self.kept = RowSample(size)
 
-    def add(self, block: Trace, first_index: int) -> None:
-        """Offer the tokens of ``block``, numbered from ``first_index``."""
-        index = np.arange(first_index, first_index + block.num_tokens)
-        priority = hashed(index, self._seed)
-        keep = priority <= self._threshold
-        self._parts.append((index[keep], priority[keep], block if keep.all() else block.take(keep)))
-        self._held += int(keep.sum())
-        if self._held > 2 * self._size:
-            self._prune(block.meta)
+    def add(self, block: Trace, hashes: Hashes, first: int) -> None:
+        """Offer the tokens of ``block``, whose first has the place ``first`` in the recorded order."""
+        columns = {name: column for name in COLUMNS if (column := getattr(block, name)) is not None}
+        self.kept.add(hashed(hashes, self._seed), {**columns, "order": np.arange(first, first + block.num_tokens)})
 
-    def _prune(self, meta: TraceMeta) -> None:
-        if self._held <= self._size:
-            return
-        priority = np.concatenate([part[1] for part in self._parts])
-        self._threshold = np.partition(priority, self._size - 1)[self._size - 1]
-        index = np.concatenate([part[0] for part in self._parts])
-        keep = priority <= self._threshold
-        tokens = concatenate([part[2] for part in self._parts], meta).take(keep)
-        self._parts = [(index[keep], priority[keep], tokens)]
-        self._held = tokens.num_tokens
+    def merge(self, other: TokenSampler) -> None:
+        """Offer another sample's tokens."""
+        self.kept.merge(other.kept)
 
     def result(self, meta: TraceMeta) -> Trace:
         """Return the sample, in recorded order."""
-        self._prune(meta)
-        return concatenate([part[2] for part in self._parts], meta)
-
-
-class _DistinctValues:
-    def __init__(self) -> None:
-        self._seen = np.zeros(0, np.int64)
-
-    def add(self, values: npt.NDArray[np.int64]) -> None:
-        self._seen = np.union1d(self._seen, values)
-
-    def __len__(self) -> int:
-        return len(self._seen)
+        columns = self.kept.columns()
+        rows = np.argsort(columns.pop("order"), kind="stable")
+        columns["experts"] = columns["experts"].astype(id_dtype(meta.num_experts), copy=False)
+        return assembled(meta, {name: column[rows] for name, column in columns.items()})
 
 
 class _SourceLoad:
+    """``[rank, layer, expert]`` selections by source rank; no table once a token has none that can be one."""
+
     def __init__(self, meta: TraceMeta) -> None:
-        self._meta = meta
-        self._table: npt.NDArray[np.int64] | None = np.zeros((0, meta.num_layers, meta.num_experts), np.int64)
+        self.table: Array | None = np.zeros((0, meta.num_layers, meta.num_experts), np.int64)
 
     def add(self, block: Trace) -> None:
         ranks = block.rank
-        if ranks is None or self._table is None or ranks.min() < 0 or ranks.max() >= MAX_SOURCE_RANKS:
-            self._table = None
+        if ranks is None or self.table is None or ranks.min() < 0 or ranks.max() >= MAX_SOURCE_RANKS:
+            self.table = None
             return
-        grown = np.zeros((max(len(self._table), int(ranks.max()) + 1), *self._table.shape[1:]), np.int64)
-        grown[: len(self._table)] = self._table
-        self._table = grown + grouped_load(block, ranks, len(grown))
+        self.table = summed(self.table, grouped_load(block, ranks, int(ranks.max()) + 1))
 
-    def result(self) -> npt.NDArray[np.int64] | None:
-        return self._table
+    def merge(self, other: _SourceLoad) -> None:
+        self.table = None if self.table is None or other.table is None else summed(self.table, other.table)
+
+    def result(self, meta: TraceMeta) -> Array | None:
+        if self.table is None:
+            return None
+        return summed(np.zeros((len(self.table), meta.num_layers, meta.num_experts), np.int64), self.table)
 
 
 def _from_counts(counts: Counts) -> RoutingStats:

@@ -14,16 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplace import measures
-from moeplace.affinity import RoutingStats, hashed
+from moeplace.affinity import RoutingStats
+from moeplace.loops import LoopTally
 from moeplace.model import ModelSpec
-from moeplace.trace import Counts, Trace, TraceStream
+from moeplace.trace import Counts, TraceStream
 
 IDENTICAL_ROWS = 32  # equal rows at the start that are no accident
 DOMINANT = 0.98  # share of tokens that choose one expert in a layer
 FEW_REQUESTS = 32
 ENOUGH_TOKENS = 64  # fewer rows (or selections per expert) prove nothing about what never varies
 ORDER_TOKENS = 20_000  # of the sample, looked at for the order of ids
-LOOP_WINDOW, LOOP_SHARE, LONGEST_LOOP = 128, 0.75, 64
 
 Level = Literal["warning", "note"]
 
@@ -54,12 +54,22 @@ class Finding:
 
 
 def check_trace(
-    source: TraceStream | Counts, stats: RoutingStats, model: ModelSpec | None = None
+    source: TraceStream | Counts, stats: RoutingStats, loops: LoopTally, model: ModelSpec | None = None
 ) -> tuple[Finding, ...]:
-    """Run every check, warnings first. Complexity: two walks over the trace at most, O(tokens) each."""
+    """Run every check, warnings first. Complexity: that of the statistics; the trace is read as far as it begins alike.
+
+    Parameters
+    ----------
+    source, stats
+        A trace and its statistics.
+    loops
+        Its repetition loops, as :func:`~moeplace.profile.profile_trace` counts them on its walk.
+    model
+        The model it should be of.
+    """
     findings = check_stats(stats, model)
     if not isinstance(source, Counts):
-        findings = [*identical_start(source), *repetition_loops(source), *findings]
+        findings = [*identical_start(source), *repetition_loops(loops, stats), *findings]
     return tuple(sorted(findings, key=lambda finding: finding.level != "warning"))
 
 
@@ -97,60 +107,20 @@ def identical_start(source: TraceStream) -> list[Finding]:
     ]
 
 
-def repetition_loops(source: TraceStream) -> list[Finding]:
-    """Find requests that repeat themselves: generation caught in a loop visits the same experts again and again.
-
-    A request is in a loop where, over 128 tokens, three quarters choose the same experts in the first two layers as
-    the token p before, for some p ≤ 64. A request cut by a block's edge is looked at in two parts. Complexity: O(64)
-    per token.
-    """
-    looping: set[int] = set()
-    requests: set[int] = set()
-    rows = tokens = 0
-    for block in source.blocks():
-        requests.update(np.unique(block.request).tolist())
-        inside = _loop_rows(block)
-        looping.update(np.unique(block.request[inside]).tolist())
-        rows, tokens = rows + int(inside.sum()), tokens + block.num_tokens
-    if not looping:
+def repetition_loops(loops: LoopTally, stats: RoutingStats) -> list[Finding]:
+    """Find requests that repeat themselves, as :mod:`moeplace.loops` counts them."""
+    if not loops.requests.size:
         return []
+    share = loops.tokens / stats.num_tokens
     return [
         Finding(
-            level="warning" if rows > 0.05 * tokens else "note",
+            level="warning" if share > 0.05 else "note",
             check="repetition-loops",
-            sentence=f"{len(looping):,} of {len(requests):,} requests run in loops of repeated tokens "
-            f"({_percent(rows / tokens)} of all tokens)",
+            sentence=f"{loops.requests.size:,} of {stats.num_requests:,} requests run in loops of repeated tokens "
+            f"({_percent(share)} of all tokens)",
             hint="leave them out unless your users' requests loop too: they overstate skew and affinity",
         )
     ]
-
-
-def _loop_rows(block: Trace) -> npt.NDArray[np.bool_]:
-    """``[token]`` True in windows that repeat with one lag."""
-    size = block.num_tokens
-    order = np.lexsort((block.position, block.request))
-    request = block.request[order]
-    signature = np.zeros(size, np.uint64)
-    for layer in range(min(2, block.meta.num_layers)):
-        signature += hashed(block.experts[order, layer], layer).sum(axis=1, dtype=np.uint64)
-    inside = np.zeros(size, bool)
-    for lag in range(1, min(LONGEST_LOOP, size - LOOP_WINDOW) + 1):
-        same = (signature[lag:] == signature[:-lag]) & (request[lag:] == request[:-lag])
-        if np.count_nonzero(same) < LOOP_SHARE * LOOP_WINDOW:
-            continue
-        total = np.concatenate([[0], np.cumsum(same)])
-        begins = np.flatnonzero(
-            (total[LOOP_WINDOW:] - total[:-LOOP_WINDOW] >= LOOP_SHARE * LOOP_WINDOW)
-            & (request[lag + LOOP_WINDOW - 1 :] == request[: size - lag - LOOP_WINDOW + 1])
-        )
-        if begins.size:
-            steps = np.zeros(size + 1, np.int64)
-            np.add.at(steps, begins + lag, 1)
-            np.add.at(steps, begins + lag + LOOP_WINDOW, -1)
-            inside |= np.cumsum(steps[:-1]) > 0
-    result = np.empty(size, bool)
-    result[order] = inside
-    return result
 
 
 def few_requests(stats: RoutingStats) -> list[Finding]:

@@ -1,21 +1,24 @@
-"""One walk over a trace for what its routing statistics do not hold: phases, domains, chunks, consecutive tokens."""
+"""What a trace's routing statistics do not hold, in one walk: phases, domains, chunks, consecutive tokens, loops."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from moeplace import measures
-from moeplace.affinity import RoutingStats, count_routing, grouped_load, hashed
+from moeplace.affinity import RoutingStats, RoutingTally, count_routing, grouped_load
 from moeplace.counting import count_visits
+from moeplace.drift import ChunkLoads
+from moeplace.fingerprint import Hashes, hashed, token_hashes
 from moeplace.frozen import Floats, Ints
+from moeplace.loops import LoopTally
+from moeplace.merging import Array, RowSample, grown, summed
+from moeplace.parts import CHUNK_TOKENS
 from moeplace.trace import PHASES, PREFILL, Counts, Trace, TraceMeta, TraceStream
 
-CHUNK_TOKENS = 25_000  # drift is the distance of consecutive chunks of this many tokens
 REQUEST_GROUPS = 64  # random groups of requests between which the spread of the load is measured
 FOLLOWING_TOKENS = 20_000  # pairs of consecutive tokens kept
 COMPILE_FROM_SELECTIONS = 50_000_000  # about half a second of NumPy
@@ -34,10 +37,12 @@ class TraceProfile:
     group_tokens, group_load
         ``[group]`` and ``[group, layer, expert]`` of :data:`REQUEST_GROUPS` random groups of requests; zero for counts.
     drift, drift_noise
-        ``[chunk - 1]`` total variation between consecutive chunks of :data:`CHUNK_TOKENS`, and what independent tokens
-        would show by chance; means over layers.
+        ``[chunk - 1]`` total variation between consecutive chunks of :data:`CHUNK_TOKENS` or more, and what independent
+        tokens would show by chance; means over layers.
     following
         ``[layer, 2]`` successor share of consecutive tokens of a request in one layer, and the independent share.
+    loops
+        Requests that repeat themselves.
     """
 
     meta: TraceMeta
@@ -48,6 +53,7 @@ class TraceProfile:
     drift: Floats
     drift_noise: Floats
     following: Floats
+    loops: LoopTally
 
     @property
     def has_domains(self) -> bool:
@@ -58,14 +64,14 @@ class TraceProfile:
 def profile_trace(source: TraceStream | Counts) -> TraceProfile:
     """Walk a trace once, block by block.
 
-    Complexity: O(tokens·layers·k) time; memory O((domains + 64)·layers·experts), whatever the length of the trace.
+    Complexity: O(tokens·layers·k) time; memory O((domains + 320)·layers·experts), whatever the length of the trace.
     """
     if isinstance(source, Counts):
         return _profile_counts(source)
-    profiler = _Profiler(source.meta)
+    tally = ProfileTally(source.meta)
     for block in source.blocks():
-        profiler.add(block)
-    return profiler.result()
+        tally.add(block, token_hashes(block))
+    return tally.result()
 
 
 def count_and_profile(source: TraceStream | Counts, **options: Any) -> tuple[RoutingStats, TraceProfile]:
@@ -75,64 +81,143 @@ def count_and_profile(source: TraceStream | Counts, **options: Any) -> tuple[Rou
     """
     if isinstance(source, Counts):
         return count_routing(source, **options), _profile_counts(source)
-    profiler = _Profiler(source.meta)
-    return count_routing(_Watched(source, profiler), **options), profiler.result()
+    routing, profile = RoutingTally(source.meta, **options), ProfileTally(source.meta)
+    routing.add_all(source.blocks(), profile.add)
+    return routing.result(), profile.result()
 
 
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """A stream whose blocks are profiled on their way."""
+class ProfileTally:
+    """Running tables of a :class:`TraceProfile`. Tallies of a trace's parts merge into that of the whole.
 
-    source: TraceStream
-    profiler: _Profiler
+    Parameters
+    ----------
+    meta
+        The model's shape; a part may know fewer experts than the whole has.
+    compiled
+        Use compiled loops; default: once the work is large.
+    """
 
-    @property
-    def meta(self) -> TraceMeta:
-        """The source's."""
-        return self.source.meta
+    def __init__(self, meta: TraceMeta, *, compiled: bool | None = None) -> None:
+        layers, experts = meta.num_layers, meta.num_experts
+        self.meta, self._compiled, self._seen = meta, compiled, 0
+        self._tables = {
+            "tokens": np.zeros((len(PHASES), max(1, len(meta.domains))), np.int64),
+            "load": np.zeros((len(PHASES), max(1, len(meta.domains)), layers, experts), np.int64),
+            "group_tokens": np.zeros(REQUEST_GROUPS, np.int64),
+            "group_load": np.zeros((REQUEST_GROUPS, layers, experts), np.int64),
+        }
+        self.chunks = ChunkLoads()
+        self._following, self._edge = RowSample(FOLLOWING_TOKENS), None
+        self._loops = LoopTally.empty()
 
-    def blocks(self) -> Iterator[Trace]:
-        """Yield the source's blocks."""
-        for block in self.source.blocks():
-            self.profiler.add(block)
-            yield block
+    _edge: tuple[Trace, Hashes] | None
 
+    def add(self, block: Trace, hashes: Hashes, chunk: int | None = None) -> None:
+        """Add tokens: ``hashes`` are their token hashes, ``chunk`` the one they belong to (default: by their number).
 
-class _Profiler:
-    """Running tables of a :class:`TraceProfile`."""
-
-    def __init__(self, meta: TraceMeta) -> None:
-        self._meta = meta
-        self._groups = np.zeros((REQUEST_GROUPS, meta.num_layers, meta.num_experts), np.int64)
-        self._group_tokens = np.zeros(REQUEST_GROUPS, np.int64)
-        self._parts, self._drift, self._following = _Parts(meta), DriftMeter(meta), _Following(meta)
-        self._seen = 0
-
-    def add(self, block: Trace) -> None:
-        """Add a block of tokens."""
+        Tokens that follow each other from block to block of one tally are seen as such.
+        """
         if block.num_tokens == 0:
             return
-        compiled = (self._seen + block.num_tokens) * block.experts[0].size > COMPILE_FROM_SELECTIONS
+        compiled = self._compiled
+        if compiled is None:
+            compiled = (self._seen + block.num_tokens) * block.experts[0].size > COMPILE_FROM_SELECTIONS
         bucket = (hashed(block.request, 0) % np.uint64(REQUEST_GROUPS)).astype(np.int64)
-        self._groups += _grouped(block, bucket, REQUEST_GROUPS, compiled)
-        self._group_tokens += np.bincount(bucket, minlength=REQUEST_GROUPS)
-        for piece in _pieces(block, self._seen):
-            self._drift.add(self._parts.add(piece, compiled), piece.num_tokens)
-        self._following.add(block, self._seen)
+        self._add("group_load", _grouped(block, bucket, REQUEST_GROUPS, compiled))
+        self._add("group_tokens", np.bincount(bucket, minlength=REQUEST_GROUPS))
+        for number, piece in _pieces(block, self._seen) if chunk is None else [(chunk, block)]:
+            self.chunks.add(number, self._add_parts(piece, compiled), piece.num_tokens)
+        self._follow(block, hashes)
+        self._loops.add(block)
         self._seen += block.num_tokens
 
-    def result(self) -> TraceProfile:
-        """Return the profile of the tokens so far."""
+    def merge(self, other: ProfileTally) -> None:
+        """Add the tokens of another tally of the same model; tokens on the two sides are not seen as consecutive."""
+        for name, table in other._tables.items():
+            self._add(name, table)
+        self.chunks.merge(other.chunks)
+        self._following.merge(other._following)
+        self._loops.merge(other._loops)
+        self._seen += other._seen
+
+    def result(self, meta: TraceMeta | None = None) -> TraceProfile:
+        """Return the profile of the tokens so far; ``meta`` is the whole trace's where the tally's is a part's."""
+        meta = meta or self.meta
+        shape = (meta.num_layers, meta.num_experts)
+        tables = {
+            name: grown(table, (*table.shape[:-2], *shape)) for name, table in self._tables.items() if "load" in name
+        }
+        drift, noise = self.chunks.drift(meta.top_k)
         return TraceProfile(
-            meta=self._meta,
-            tokens=self._parts.tokens,
-            load=self._parts.load,
-            group_tokens=self._group_tokens,
-            group_load=self._groups,
-            drift=np.array(self._drift.distance),
-            drift_noise=np.array(self._drift.noise),
-            following=self._following.result(),
+            meta=meta,
+            tokens=self._tables["tokens"],
+            group_tokens=self._tables["group_tokens"],
+            drift=drift,
+            drift_noise=noise,
+            following=self._successors(meta),
+            loops=self._loops,
+            **tables,
         )
+
+    def state(self) -> dict[str, Array]:
+        """Return the tally as named arrays, for :meth:`restore`."""
+        following = {f"following/{name}": column for name, column in self._following.state().items()}
+        loops = {"loops/requests": self._loops.requests, "loops/tokens": np.array(self._loops.tokens)}
+        return {**self._tables, "seen": np.array(self._seen), **self.chunks.state(), **following, **loops}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Take on what :meth:`state` returned of a tally of the same model."""
+        self._tables = {name: state[name] for name in self._tables}
+        self._seen, self.chunks = int(state["seen"]), ChunkLoads.restored(state)
+        prefix = "following/"
+        kept = {name.removeprefix(prefix): column for name, column in state.items() if name.startswith(prefix)}
+        self._following = RowSample.restored(FOLLOWING_TOKENS, kept)
+        self._loops = LoopTally(state["loops/requests"], int(state["loops/tokens"]))
+
+    def _add(self, name: str, table: Array) -> None:
+        self._tables[name] = summed(self._tables[name], table)
+
+    def _add_parts(self, piece: Trace, compiled: bool) -> Ints:
+        """Add tokens by phase and domain; return their load ``[layer, expert]``."""
+        domain = np.zeros(piece.num_tokens, np.int64) if piece.domain is None else piece.domain
+        domains = max(int(domain.max()) + 1, self._tables["tokens"].shape[1])
+        group = piece.phase * domains + domain
+        present, number = np.unique(group, return_inverse=True)
+        table = _grouped(piece, number, len(present), compiled)
+        load = grown(self._tables["load"], (len(PHASES), domains, *table.shape[1:]))
+        load.reshape(-1, *table.shape[1:])[present] += table
+        self._tables["load"] = load
+        self._add("tokens", np.bincount(group, minlength=len(PHASES) * domains).reshape(len(PHASES), domains))
+        return table.sum(axis=0)
+
+    def _follow(self, block: Trace, hashes: Hashes) -> None:
+        """Offer the pairs of consecutive tokens of one request that stand in the block or at its edge.
+
+        In a trace recorded request by request these are all pairs, however the trace is cut into blocks.
+        """
+        ids, request, position = block.experts, block.request, block.position
+        last = np.array([block.num_tokens - 1])
+        edge, self._edge = self._edge, (block.take(last), hashes[last])
+        if edge is not None:
+            ids = np.concatenate([edge[0].experts, ids])
+            request = np.concatenate([edge[0].request, request])
+            position = np.concatenate([edge[0].position, position])
+            hashes = np.concatenate([edge[1], hashes])
+        order = np.lexsort((position, request))
+        linked = (np.diff(request[order]) == 0) & (np.diff(position[order]) == 1)
+        left, right = order[:-1][linked], order[1:][linked]
+        priority = hashed(hashes[left], 1)
+        keep = priority <= self._following.threshold  # of a long trace few: the ids of the others need no copy
+        self._following.add(priority[keep], {"left": ids[left[keep]], "right": ids[right[keep]]})
+
+    def _successors(self, meta: TraceMeta) -> Floats:
+        """Return ``[layer, 2]`` successor shares, empty without pairs."""
+        kept = self._following.columns()
+        if not kept or not len(kept["left"]):
+            return np.zeros((0, 2))
+        left, right = kept["left"], kept["right"]
+        tables = (measures.pair_table(left[:, i], right[:, i], meta.num_experts) for i in range(meta.num_layers))
+        return np.array([measures.successor_concentration(table) for table in tables])
 
 
 def _grouped(block: Trace, group: Ints, count: int, compiled: bool) -> Ints:
@@ -149,128 +234,37 @@ def _profile_counts(counts: Counts) -> TraceProfile:
     domain = np.zeros(counts.num_steps, np.int64) if counts.domain is None else counts.domain
     load = np.zeros((len(PHASES), int(domain.max(initial=0)) + 1, *shape), np.int64)
     np.add.at(load[PREFILL], domain, counts.counts)
-    drift = DriftMeter(meta)
-    for step in counts.counts:
-        drift.add(step, int(step[0].sum()) // meta.top_k)
+    drift, noise = _step_chunks(counts).drift(meta.top_k)
     return TraceProfile(
         meta=meta,
         tokens=load[:, :, 0].sum(axis=2) // meta.top_k,
         load=load,
         group_tokens=np.zeros(REQUEST_GROUPS, np.int64),
         group_load=np.zeros((REQUEST_GROUPS, *shape), np.int64),
-        drift=np.array(drift.distance),
-        drift_noise=np.array(drift.noise),
+        drift=drift,
+        drift_noise=noise,
         following=np.zeros((0, 2)),
+        loops=LoopTally.empty(),
     )
 
 
-def _pieces(block: Trace, first: int) -> list[Trace]:
-    """Cut a block, whose first token is number ``first``, where chunks end."""
+def _step_chunks(counts: Counts) -> ChunkLoads:
+    """Join the recorded steps of counts into chunks; each ends with the step that fills it."""
+    chunks, number, tokens = ChunkLoads(), 0, 0
+    for step in counts.counts:
+        held = int(step[0].sum()) // counts.meta.top_k
+        chunks.add(number, step, held)
+        tokens += held
+        if tokens >= CHUNK_TOKENS:
+            number, tokens = number + 1, 0
+    return chunks
+
+
+def _pieces(block: Trace, first: int) -> list[tuple[int, Trace]]:
+    """Cut a block, whose first token is number ``first``, where chunks end; each piece with its chunk's number."""
+    number = first // CHUNK_TOKENS
     edges = range(CHUNK_TOKENS - first % CHUNK_TOKENS, block.num_tokens, CHUNK_TOKENS)
     if not edges:
-        return [block]
-    return [block.take(rows) for rows in np.split(np.arange(block.num_tokens), edges)]
-
-
-class _Parts:
-    """Loads by phase and domain; grows with the domains it meets."""
-
-    def __init__(self, meta: TraceMeta) -> None:
-        domains = max(1, len(meta.domains))
-        self.tokens = np.zeros((len(PHASES), domains), np.int64)
-        self.load = np.zeros((len(PHASES), domains, meta.num_layers, meta.num_experts), np.int64)
-
-    def add(self, piece: Trace, compiled: bool) -> Ints:
-        """Add tokens; return their load ``[layer, expert]``."""
-        domain = np.zeros(piece.num_tokens, np.int64) if piece.domain is None else piece.domain
-        grown = int(domain.max()) + 1 - self.tokens.shape[1]
-        if grown > 0:
-            self.tokens = np.pad(self.tokens, ((0, 0), (0, grown)))
-            self.load = np.pad(self.load, ((0, 0), (0, grown), (0, 0), (0, 0)))
-        group = piece.phase * self.tokens.shape[1] + domain
-        present, number = np.unique(group, return_inverse=True)
-        table = _grouped(piece, number, len(present), compiled)
-        self.load.reshape(-1, *table.shape[1:])[present] += table
-        self.tokens += np.bincount(group, minlength=self.tokens.size).reshape(self.tokens.shape)
-        return table.sum(axis=0)
-
-
-class DriftMeter:
-    """Distance between the loads of consecutive chunks of at least :data:`CHUNK_TOKENS` tokens."""
-
-    def __init__(self, meta: TraceMeta) -> None:
-        self._meta = meta
-        self._last: tuple[Ints, int] | None = None
-        self._load, self._tokens = np.zeros((meta.num_layers, meta.num_experts), np.int64), 0
-        self.distance: list[float] = []
-        self.noise: list[float] = []
-
-    def add(self, load: Ints, tokens: int) -> None:
-        """Add the load ``[layer, expert]`` of the next tokens; a chunk ends once it is full."""
-        self._load, self._tokens = self._load + load, self._tokens + tokens
-        if self._tokens < CHUNK_TOKENS:
-            return
-        chunk = (self._load, self._tokens)
-        if self._last is not None:
-            before, count = self._last
-            pairs = list(zip(before, self._load, strict=True))
-            self.distance.append(float(np.mean([measures.total_variation(a, b) for a, b in pairs])))
-            chosen = [(a + b) * (self._meta.top_k / (a + b).sum()) for a, b in pairs]
-            noise = [measures.sampling_variation(np.minimum(q, 1), count, self._tokens) for q in chosen]
-            self.noise.append(float(np.mean(noise)))
-        self._last = chunk
-        self._load, self._tokens = np.zeros_like(self._load), 0
-
-
-class _Following:
-    """A uniform sample of pairs of consecutive tokens of one request, those that stand in one block (or at its edge).
-
-    In a trace recorded request by request these are all pairs, however the trace is cut into blocks.
-    """
-
-    def __init__(self, meta: TraceMeta) -> None:
-        self._meta = meta
-        self._edge: Trace | None = None
-        self._kept: list[tuple[npt.NDArray[np.uint64], Any, Any]] = []
-        self._held, self._threshold = 0, np.iinfo(np.uint64).max
-
-    def add(self, block: Trace, first: int) -> None:
-        """Offer the pairs of a block whose first token is number ``first``."""
-        ids, request, position = block.experts, block.request, block.position
-        if self._edge is not None:
-            ids = np.concatenate([self._edge.experts, ids])
-            request = np.concatenate([self._edge.request, request])
-            position = np.concatenate([self._edge.position, position])
-            first -= 1
-        self._edge = block.take(np.array([block.num_tokens - 1]))
-        order = np.lexsort((position, request))
-        linked = (np.diff(request[order]) == 0) & (np.diff(position[order]) == 1)
-        left, right = order[:-1][linked], order[1:][linked]
-        priority = hashed(first + left, 1)
-        keep = priority <= self._threshold
-        self._kept.append((priority[keep], ids[left[keep]], ids[right[keep]]))
-        self._held += int(keep.sum())
-        if self._held > 2 * FOLLOWING_TOKENS:
-            self._prune()
-
-    def _prune(self) -> None:
-        priority, left, right = (np.concatenate(part) for part in zip(*self._kept, strict=True))
-        order = np.argsort(priority, kind="stable")[:FOLLOWING_TOKENS]
-        self._kept = [(priority[order], left[order], right[order])]
-        self._held = len(order)
-        if self._held == FOLLOWING_TOKENS:
-            self._threshold = int(priority[order[-1]])
-
-    def result(self) -> Floats:
-        """Return ``[layer, 2]`` successor shares, empty without pairs."""
-        if self._held == 0:
-            return np.zeros((0, 2))
-        self._prune()
-        _, left, right = self._kept[0]
-        shares = [
-            measures.successor_concentration(
-                measures.pair_table(left[:, layer], right[:, layer], self._meta.num_experts)
-            )
-            for layer in range(self._meta.num_layers)
-        ]
-        return np.array(shares)
+        return [(number, block)]
+    parts = np.split(np.arange(block.num_tokens), edges)
+    return [(number + i, block.take(rows)) for i, rows in enumerate(parts)]

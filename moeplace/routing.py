@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplace.affinity import hashed
+from moeplace.fingerprint import hashed
 from moeplace.placement import EMPTY, Placement
 
 POLICIES = ("even",)

@@ -6,7 +6,7 @@ leaves out, so that ``solve --fit S`` and ``score --test S`` never see a common 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplace.errors import InputError, TraceError, unknown_name
+from moeplace.frozen import digest, replaced
+from moeplace.parts import BadFile, PartedTrace, PartTokens, TracePart, parted
 from moeplace.trace import PHASES, Counts, Trace, TraceMeta, TraceStream
 
 KINDS = ("half", "domain", "time")
@@ -102,15 +104,93 @@ class Selection:
     def blocks(self) -> Iterator[Trace]:
         """Yield the selected tokens, block by block."""
         for block in self.source.blocks():
-            keep = np.ones(block.num_tokens, bool)
-            if self.requests is not None:
-                keep &= np.isin(block.request, self.requests)
-            if self.phase is not None:
-                keep &= block.phase == self.phase
-            if keep.all():
-                yield block
-            elif keep.any():
-                yield block.take(keep)
+            own = _kept(block, self.requests, self.phase)
+            if own.num_tokens:
+                yield own
+
+    @property
+    def can_part(self) -> bool:
+        """Whether the source can be read part by part, and so this part of it."""
+        return parted(self.source) is not None
+
+    @property
+    def identity(self) -> str:
+        """Digest of the source's files and of what is selected of them."""
+        return digest((self._parted.identity, self.requests, self.phase))
+
+    @property
+    def bare_meta(self) -> TraceMeta:
+        """The meta that each part has."""
+        return self._parted.bare_meta
+
+    @property
+    def file_bytes(self) -> npt.NDArray[np.int64]:
+        """``[file]`` bytes of each file, selected or not."""
+        return self._parted.file_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the statistics of one part, roughly."""
+        return self._parted.table_bytes
+
+    def parts(self, part_bytes: int, files: npt.NDArray[Any] | None = None) -> Iterator[SelectedPart]:
+        """Yield the source's parts, to be read without what is not selected."""
+        for part in self._parted.parts(part_bytes, files):
+            yield SelectedPart(part=part, requests=self.requests, phase=self.phase)
+
+    def settled(self, largest_id: int, bad: Sequence[BadFile]) -> TraceMeta:
+        """Return the meta of the selection; an empty one is an error."""
+        meta = self._parted.settled(max(largest_id, self.bare_meta.top_k - 1), bad)
+        if largest_id < 0:
+            raise TraceError("no tokens", rule="a trace holds at least one token", hint="the selection is empty")
+        return meta if self.model_id is None else meta.replace(model_id=self.model_id)
+
+    @property
+    def _parted(self) -> PartedTrace:
+        whole = parted(self.source)
+        if whole is None:
+            raise AttributeError("the source cannot be read part by part")
+        return whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectedPart:
+    """A part of a trace, of which only some requests or one phase are read."""
+
+    part: TracePart
+    requests: npt.NDArray[np.int64] | None = None
+    phase: int | None = None
+
+    @property
+    def meta(self) -> TraceMeta:
+        """The part's."""
+        return self.part.meta
+
+    @property
+    def files(self) -> Sequence[int]:
+        """Places of the part's files in the recorded order."""
+        return self.part.files
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the files."""
+        return self.part.size_bytes
+
+    def read(self) -> PartTokens:
+        """Read the files, and keep what is selected."""
+        read = self.part.read()
+        chunks = [replaced(chunk, tokens=_kept(chunk.tokens, self.requests, self.phase)) for chunk in read.chunks]
+        return PartTokens(chunks=tuple(chunks), bad=read.bad)
+
+
+def _kept(block: Trace, requests: npt.NDArray[np.int64] | None, phase: int | None) -> Trace:
+    """Return the tokens of a block that are of some requests and phase."""
+    keep = np.ones(block.num_tokens, bool)
+    if requests is not None:
+        keep &= np.isin(block.request, requests)
+    if phase is not None:
+        keep &= block.phase == phase
+    return block if keep.all() else block.take(keep)
 
 
 def select(

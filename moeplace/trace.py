@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplace.errors import Location, TraceError
+from moeplace.fingerprint import TraceDigest
 from moeplace.frozen import digest, frozen_array, replaced, seal
 
 PREFILL, DECODE = 0, 1
@@ -152,7 +153,7 @@ class Trace:
 
     def take(self, rows: npt.NDArray[Any]) -> Trace:
         """Return the tokens of ``rows`` (a boolean mask or indices), in that order. Complexity: O(result)."""
-        return _assembled(self.meta, {n: v[rows] for n in COLUMNS if (v := getattr(self, n)) is not None})
+        return assembled(self.meta, {n: v[rows] for n in COLUMNS if (v := getattr(self, n)) is not None})
 
     def blocks(self) -> Iterator[Trace]:
         """Yield the trace itself: a trace in memory is a stream of one block."""
@@ -163,32 +164,10 @@ class Trace:
         return replaced(self, **changes)
 
     def digest(self) -> str:
-        """Sha256 of the tokens; the same for any block size and file format."""
+        """Digest of the tokens; the same for any order of them, block size and file format."""
         hasher = TraceDigest()
         hasher.update(self)
         return hasher.hexdigest()
-
-
-class TraceDigest:
-    """Running sha256 of a trace's columns, independent of how the trace is cut into blocks."""
-
-    def __init__(self) -> None:
-        import hashlib
-
-        self._columns = {name: hashlib.sha256() for name in COLUMNS}
-        self._shape: tuple[int, ...] = ()
-
-    def update(self, block: Trace) -> None:
-        """Add the tokens of ``block``."""
-        self._shape = block.experts.shape[1:]
-        for name, sha in self._columns.items():
-            column = getattr(block, name)
-            if column is not None:
-                sha.update(np.ascontiguousarray(column).data)
-
-    def hexdigest(self) -> str:
-        """Return the digest of all tokens so far."""
-        return digest([self._shape, *((name, sha.hexdigest()) for name, sha in self._columns.items())])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,12 +281,12 @@ def concatenate(blocks: Iterable[Trace], meta: TraceMeta) -> Trace:
         raise TraceError("blocks of different models", rule="blocks of a trace agree in experts, layers and top-k")
     whole = [name for name in COLUMNS if all(getattr(part, name) is not None for part in parts)]
     if len(parts) == 1:
-        return _assembled(meta, {name: getattr(parts[0], name) for name in whole})
-    return _assembled(meta, {name: np.concatenate([getattr(part, name) for part in parts]) for name in whole})
+        return assembled(meta, {name: getattr(parts[0], name) for name in whole})
+    return assembled(meta, {name: np.concatenate([getattr(part, name) for part in parts]) for name in whole})
 
 
-def _assembled(meta: TraceMeta, columns: dict[str, npt.NDArray[Any]]) -> Trace:
-    """Return a trace of tokens that other traces hold already: they were checked there, once."""
+def assembled(meta: TraceMeta, columns: dict[str, npt.NDArray[Any]]) -> Trace:
+    """Return a trace of columns that other traces held: what they hold was checked there, once, and is taken over."""
     trace = object.__new__(Trace)
     for column in columns.values():
         column.setflags(write=False)

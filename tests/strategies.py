@@ -16,7 +16,7 @@ from moeplace.model import ModelSpec
 from moeplace.placement import EMPTY, Placement
 from moeplace.problem import Problem, slots_for
 from moeplace.topology import Topology, load_topology
-from moeplace.trace import Trace, TraceMeta
+from moeplace.trace import COLUMNS, Trace, TraceMeta
 
 
 def make_trace(seed: int = 0, **shape: Any) -> Trace:
@@ -46,6 +46,26 @@ def cut(trace: Trace, sizes: Sequence[int]) -> Blocks:
     edges = [0, *(min(edge, trace.num_tokens) for edge in np.cumsum(sizes).tolist()), trace.num_tokens]
     rows = np.arange(trace.num_tokens)
     return Blocks(trace.meta, [trace.take(rows[a:b]) for a, b in itertools.pairwise(edges)])
+
+
+def divided(trace: Trace, num_parts: int, seed: int) -> list[tuple[int, Trace]]:
+    """Divide a trace by whole requests, in random order: each part knows only the experts that it has met.
+
+    With each part comes the place of its first token in the trace, whose tokens are sorted by request.
+    """
+    rng = np.random.default_rng(seed)
+    names = np.unique(trace.request)
+    owner = np.sort(rng.integers(0, num_parts, len(names)))
+    parts = []
+    for part in rng.permutation(num_parts):
+        rows = np.flatnonzero(np.isin(trace.request, names[owner == part]))
+        if rows.size:
+            own = trace.take(rows)
+            experts = max(trace.meta.top_k, int(own.experts.max()) + 1)
+            meta = trace.meta.replace(num_experts=experts)
+            columns = {name: getattr(own, name) for name in COLUMNS}
+            parts.append((int(rows[0]), Trace(meta=meta, **columns)))
+    return parts
 
 
 class Blocks:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Blocks, cut, make_trace, traces
+from strategies import Blocks, cut, divided, make_trace, traces
 
 from moeplace.affinity import (
     MAX_SOURCE_RANKS,
     RoutingStats,
+    RoutingTally,
     TokenSampler,
     count_routing,
     grouped_load,
@@ -20,6 +21,7 @@ from moeplace.affinity import (
     load_by_request,
 )
 from moeplace.errors import ProblemError, TraceError
+from moeplace.fingerprint import token_hashes
 from moeplace.trace import Counts, Trace, TraceMeta
 
 
@@ -41,6 +43,24 @@ def test_statistics_do_not_depend_on_blocks_or_threads(trace: Trace, sizes: list
     whole = count_routing(trace, sample_tokens=7)
     pieces = count_routing(cut(trace, sizes), sample_tokens=7, threads=threads)
     assert pieces.digest() == whole.digest()
+
+
+@given(traces(ranks=True), st.integers(1, 5), st.integers(0, 99), st.integers(1, 40))
+def test_tallies_of_parts_merge(trace: Trace, num_parts: int, seed: int, sample_tokens: int) -> None:
+    """Parts counted apart, kept as arrays, and merged in any order give the statistics of the whole, sample and all."""
+    whole = count_routing(trace, sample_tokens=sample_tokens)
+    total = RoutingTally(trace.meta.replace(num_experts=trace.meta.top_k), sample_tokens=sample_tokens)
+    if seed % 2 == 0:
+        total = RoutingTally(trace.meta, sample_tokens=sample_tokens)
+    for first, part in divided(trace, num_parts, seed):
+        tally, place = RoutingTally(part.meta, sample_tokens=sample_tokens), first
+        for block in cut(part, [seed % 7]).blocks():
+            tally.add(block, first=place)
+            place += block.num_tokens
+        again = RoutingTally(part.meta, sample_tokens=sample_tokens)
+        again.restore(tally.state())
+        total.merge(again)
+    assert total.result(trace.meta).digest() == whole.digest()
 
 
 @given(traces())
@@ -97,7 +117,7 @@ def _sampled(size: int, seed: int, sizes: list[int], tokens: int = 200) -> list[
     trace = make_trace(0, tokens=tokens, layers=1).replace(position=np.arange(tokens))
     sampler, first = TokenSampler(size, seed), 0
     for block in cut(trace, sizes).blocks():
-        sampler.add(block, first)
+        sampler.add(block, token_hashes(block), first)
         first += block.num_tokens
     return sampler.result(trace.meta).position.tolist()
 

@@ -15,7 +15,6 @@ from moeplace.affinity import RoutingStats, count_routing
 from moeplace.checks import (
     FEW_REQUESTS,
     IDENTICAL_ROWS,
-    LOOP_WINDOW,
     Finding,
     always_chosen,
     check_stats,
@@ -31,9 +30,11 @@ from moeplace.checks import (
     uneven_rows,
     unused_experts,
 )
+from moeplace.loops import WINDOW, LoopTally
 from moeplace.model import load_model
+from moeplace.profile import count_and_profile
 from moeplace.readers import open_trace
-from moeplace.trace import Counts, Trace, TraceMeta
+from moeplace.trace import Counts, Trace, TraceMeta, TraceStream
 
 Check = Callable[[RoutingStats], list[Finding]]
 
@@ -68,11 +69,25 @@ def only(findings: list[Finding]) -> Finding:
     return findings[0]
 
 
+def found_in(source: TraceStream) -> tuple[Finding, ...]:
+    """Findings of every check."""
+    stats, profile = count_and_profile(source)
+    return check_trace(source, stats, profile.loops)
+
+
+def loops_of(source: TraceStream) -> list[Finding]:
+    """Findings of the check for repetition loops."""
+    tally = LoopTally.empty()
+    for block in source.blocks():
+        tally.add(block)
+    return repetition_loops(tally, count_routing(source))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_healthy_trace_passes_every_check(seed: int) -> None:
     """Random routing of many requests raises no warning."""
     trace = healthy(seed)
-    assert names(check_trace(trace, count_routing(trace))) == []
+    assert names(found_in(trace)) == []
 
 
 def test_a_dummy_run_at_the_start_is_found() -> None:
@@ -99,8 +114,8 @@ def test_loops_are_found_at_every_lag(lag: int, seed: int) -> None:
     experts = trace.experts.copy()
     experts[300 + 100 : 600] = experts[300 + 100 - lag + np.arange(200) % lag]
     looping = trace.replace(experts=experts, request=request, position=position)
-    assert repetition_loops(trace.replace(request=request, position=position)) == []
-    finding = only(repetition_loops(looping))
+    assert loops_of(trace.replace(request=request, position=position)) == []
+    finding = only(loops_of(looping))
     assert "1 of 3 requests" in finding.sentence
     share = float(finding.sentence.split("(")[1].split(" ")[0])
     assert 100 * (200 - lag) / 900 <= share <= 100 * 260 / 900
@@ -108,9 +123,9 @@ def test_loops_are_found_at_every_lag(lag: int, seed: int) -> None:
 
 def test_loops_shorter_than_the_window_are_no_loops() -> None:
     """A request of fewer tokens than the window cannot be told to loop."""
-    trace = healthy(tokens=LOOP_WINDOW, requests=1)
-    assert repetition_loops(trace.take(np.zeros(LOOP_WINDOW, int))) == []
-    assert repetition_loops(cut(trace, [0, 1, 2])) == []
+    trace = healthy(tokens=WINDOW, requests=1)
+    assert loops_of(trace.take(np.zeros(WINDOW, int))) == []
+    assert loops_of(cut(trace, [0, 1, 2])) == []
 
 
 def test_repeated_layers_are_named() -> None:
@@ -219,13 +234,13 @@ def test_names_of_experts_do_not_change_warnings(seed: int) -> None:
     trace = changed(healthy(seed % 7), 1, [5, 6])
     order = np.random.default_rng(seed).permutation(8).astype(np.uint8)
     other = relabel_experts(trace, order)
-    assert names(check_trace(trace, count_routing(trace))) == names(check_trace(other, count_routing(other)))
+    assert names(found_in(trace)) == names(found_in(other))
 
 
 def test_warnings_come_first_and_read_as_sentences() -> None:
     """Warnings stand before notes, and a finding prints as sentence and hint."""
     trace = changed(healthy(requests=4), 0, [5, 6])
-    findings = check_trace(trace, count_routing(trace))
+    findings = found_in(trace)
     levels = [finding.level for finding in findings]
     assert levels == sorted(levels, reverse=True)
     assert set(levels) == {"note", "warning"}
@@ -247,7 +262,7 @@ def test_gpt_oss_loops_are_found() -> None:
     """Part of what the authors flag as repetition loops for 128 tokens; hardly any other request does."""
     source = open_trace(real("gpt_oss_20b_fingerprinting/routing.npz"), format="npz")
     assert not isinstance(source, Counts)
-    finding = only(repetition_loops(source))
+    finding = only(loops_of(source))
     looping = int(finding.sentence.split(" ")[0])
     assert 40 <= looping <= 100
     assert finding.level == "warning"

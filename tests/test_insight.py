@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import cut, make_trace, relabel_experts, traces
+from strategies import cut, divided, make_trace, relabel_experts, traces
 from trace_cases import real
 
 from moeplace import measures
 from moeplace import profile as profile_module
 from moeplace.affinity import count_routing
+from moeplace.fingerprint import token_hashes
 from moeplace.insight import TraceInsight, measure_trace, patterns
-from moeplace.profile import CHUNK_TOKENS, FOLLOWING_TOKENS, count_and_profile, profile_trace
+from moeplace.parts import CHUNK_TOKENS
+from moeplace.profile import FOLLOWING_TOKENS, ProfileTally, count_and_profile, profile_trace
 from moeplace.readers import open_trace
 from moeplace.trace import Counts, Trace, TraceMeta, TraceStream, concatenate
 
@@ -270,6 +272,21 @@ def test_blocks_do_not_matter(trace: Trace, sizes: list[int]) -> None:
     parts = profile_trace(cut(marked(trace), sizes))
     for name in ("tokens", "load", "group_tokens", "group_load", "drift", "following"):
         assert np.array_equal(getattr(whole, name), getattr(parts, name)), name
+
+
+@given(traces(), st.integers(1, 4), st.integers(0, 99))
+def test_profiles_of_parts_merge(trace: Trace, num_parts: int, seed: int) -> None:
+    """Whole requests profiled apart, kept as arrays and merged in any order give the profile of the whole."""
+    named = marked(trace)
+    whole, total = profile_trace(named), ProfileTally(named.meta.replace(num_experts=named.meta.top_k))
+    for _, part in divided(named, num_parts, seed):
+        tally, again = ProfileTally(part.meta), ProfileTally(part.meta)
+        tally.add(part, token_hashes(part), chunk=0)
+        again.restore(tally.state())
+        total.merge(again)
+    merged = total.result(named.meta)
+    for name in ("tokens", "load", "group_tokens", "group_load", "drift", "following"):
+        assert np.array_equal(getattr(whole, name), getattr(merged, name)), name
 
 
 def test_one_walk_and_compiled_loops_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:

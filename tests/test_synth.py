@@ -162,7 +162,7 @@ def test_group_limited_models_stay_in_their_groups() -> None:
 def test_a_trace_raises_no_warning() -> None:
     """The project's own checks find nothing wrong with a synthetic trace."""
     trace = whole(stream(tokens=20_000, spec=SynthSpec(request_tokens=256)))
-    findings = check_trace(trace, count_routing(trace))
+    findings = check_trace(trace, count_routing(trace), profile_trace(trace).loops)
     assert [finding.check for finding in findings if finding.level == "warning"] == []
 
 

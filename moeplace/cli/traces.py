@@ -47,7 +47,7 @@ def stats_command(trace: str, fit: str | None, **options: Any) -> None:
 
     source = open_source(trace, options, split=fit)
     stats, profile = count_and_profile(source, threads=options["threads"])
-    insight, findings = measure_trace(stats, profile), check_trace(source, stats)
+    insight, findings = measure_trace(stats, profile), check_trace(source, stats, profile.loops)
     topology = topology_for(choices_of(options), stats)
     summary = summarise_trace(stats, topology.num_gpus)
     warn(source.meta.assumptions, quiet=options["quiet"])

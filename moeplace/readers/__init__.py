@@ -9,6 +9,7 @@ that takes folders also has ``sniff_folder(folder: Path) -> int`` and ``open_fol
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import pkgutil
 import re
@@ -50,7 +51,7 @@ def list_formats() -> dict[str, str]:
 
 
 def open_trace(
-    path: str | os.PathLike[str], *, model: ModelLike | None = None, format: str | None = None, skip_bad: int = 0
+    path: str | os.PathLike[str], *, model: ModelLike | None = None, format: str | None = None, skip_bad: int | None = 0
 ) -> TraceStream | Counts:
     """Open a trace as a stream of blocks, or counts as a whole.
 
@@ -63,7 +64,8 @@ def open_trace(
     format
         A name from :func:`format_names`; None looks at the content.
     skip_bad
-        How many bad rows may be left out of a trace; one more is an error.
+        How many bad rows, or files of a folder of requests, may be left out of a trace; one more is an error. None: no
+        row, and any file of a folder or archive of many.
 
     Raises
     ------
@@ -72,7 +74,7 @@ def open_trace(
     TraceError
         The input is empty, of no known format, or breaks its format.
     """
-    options = ReaderOptions(model=model, skip_bad=skip_bad)
+    options = ReaderOptions(model=model, skip_bad=skip_bad or 0, bad_files=math.inf if skip_bad is None else skip_bad)
     names = format_names()
     if format is not None and format not in names:
         raise unknown_name("format", format, names)
@@ -90,7 +92,7 @@ def open_trace(
 
 
 def read_trace(
-    path: str | os.PathLike[str], *, model: ModelLike | None = None, format: str | None = None, skip_bad: int = 0
+    path: str | os.PathLike[str], *, model: ModelLike | None = None, format: str | None = None, skip_bad: int | None = 0
 ) -> Trace | Counts:
     """Read a trace or counts into memory; the parameters and errors are those of :func:`open_trace`."""
     opened = open_trace(path, model=model, format=format, skip_bad=skip_bad)

@@ -8,11 +8,12 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Literal, cast
 
 from moeplace.errors import InputError, Location, TraceError
-from moeplace.files import InputFile, InputFolder, zstd_module
+from moeplace.files import InputFile, InputFolder, open_input, zstd_module
 
 _ENDINGS = (".json", ".json.gz", ".json.zst")
 _TAR_MAGIC_AT = 257
@@ -36,14 +37,37 @@ def first_document(head: bytes) -> bytes:
     return b""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A document of a bundle, not read yet.
+
+    Attributes
+    ----------
+    name
+        Its relative path in the folder or archive.
+    size_bytes
+        Bytes as it is stored.
+    changed_ns
+        Time of its last change, 0 in an archive.
+    offset
+        Where it begins in an archive that is not compressed, else None.
+    """
+
+    name: str
+    size_bytes: int
+    changed_ns: int = 0
+    offset: int | None = None
+
+
 class Bundle:
     """Named documents of an input, in the order in which they lie there.
 
     Attributes
     ----------
+    documents
+        What there is, in order. Empty for an archive out of a pipe, which cannot be looked through first.
     names
-        Names in sorted order: relative paths in a folder or archive. Empty for an archive out of a pipe, which cannot
-        be looked through first.
+        The documents' names in sorted order.
     ignored
         Files that are not JSON by their ending.
     """
@@ -51,10 +75,18 @@ class Bundle:
     def __init__(self, source: InputFile | InputFolder) -> None:
         self._source = source
         self._tar = isinstance(source, InputFile) and is_tar(source.head())
-        names, self.ignored = self._listed()
-        self.names = tuple(sorted(names))
+        self.documents, self.ignored = self._listed()
+        self.names = tuple(sorted(document.name for document in self.documents))
 
-    def documents(self) -> Iterator[tuple[str, bytes | InputError]]:
+    @property
+    def has_random_access(self) -> bool:
+        """Whether each document can be read by itself."""
+        source = self._source
+        return bool(self.documents) and (
+            isinstance(source, InputFolder) or (self._tar and source.can_reopen and source.compression is None)
+        )
+
+    def contents(self) -> Iterator[tuple[str, bytes | InputError]]:
         """Yield each document's name and decompressed content, or what kept it from being read.
 
         Raises
@@ -64,11 +96,8 @@ class Bundle:
         """
         source = self._source
         if isinstance(source, InputFolder):
-            for name in self.names:
-                try:
-                    yield name, _decompressed(source.open(name))
-                except InputError as exc:
-                    yield name, exc
+            for document in self.documents:
+                yield document.name, read_document(source.name, document)
         elif self._tar:
             yield from self._members(source)
         else:
@@ -91,19 +120,23 @@ class Bundle:
             return os.path.basename(os.path.abspath(whole))
         return whole.name.split(".")[0] if self._tar else whole.parent.name
 
-    def _listed(self) -> tuple[list[str], tuple[str, ...]]:
+    def _listed(self) -> tuple[tuple[Document, ...], tuple[str, ...]]:
         source = self._source
         if isinstance(source, InputFolder):
-            files = list(source.files)
+            files = [_on_disk(source.name, name) for name in source.files]
         elif not self._tar:
-            return [PurePosixPath(source.name).name], ()
+            return (Document(name=PurePosixPath(source.name).name, size_bytes=0),), ()
         elif not source.can_reopen:
-            return [], ()
+            return (), ()
         else:
             with self._opened(source, listing=True) as archive:
-                files = [member.name for member in self._checked(archive) if member.isfile()]
-        documents = [name for name in files if name.endswith(_ENDINGS)]
-        return documents, tuple(name for name in files if not name.endswith(_ENDINGS))
+                files = [
+                    Document(name=member.name, size_bytes=member.size, offset=member.offset_data)
+                    for member in self._checked(archive)
+                    if member.isfile()
+                ]
+        documents = tuple(file for file in files if file.name.endswith(_ENDINGS))
+        return documents, tuple(file.name for file in files if not file.name.endswith(_ENDINGS))
 
     def _members(self, source: InputFile) -> Iterator[tuple[str, bytes | InputError]]:
         with self._opened(source, listing=False) as archive:
@@ -148,6 +181,27 @@ class Bundle:
             hint="the copy was cut off or damaged: copy it again",
             where=Location(file=self._source.name),
         )
+
+
+def read_document(source: str, document: Document) -> bytes | InputError:
+    """Return the decompressed content of a document of a folder or uncompressed archive, or what keeps it from it."""
+    try:
+        if document.offset is None:
+            return _decompressed(open_input(Path(source, document.name)))
+        with open_input(source).seekable() as archive:
+            archive.seek(document.offset)
+            data = archive.read(document.size_bytes)
+    except InputError as exc:
+        return exc
+    return _decompressed(InputFile(f"{source}:{document.name}", io.BytesIO(data), None))
+
+
+def _on_disk(folder: str, name: str) -> Document:
+    try:
+        status = os.stat(os.path.join(folder, name))
+    except OSError:  # reading it will say why
+        return Document(name=name, size_bytes=0)
+    return Document(name=name, size_bytes=status.st_size, changed_ns=status.st_mtime_ns)
 
 
 def _is_document(member: tarfile.TarInfo) -> bool:

@@ -52,6 +52,8 @@ class ReaderOptions:
         The model the user names; None when the file must say everything.
     skip_bad
         How many bad rows may be left out; one more is an error.
+    bad_files
+        The same for files of a trace of many.
     block_bytes
         Expert ids per block of a stream.
     cache_bytes
@@ -60,6 +62,7 @@ class ReaderOptions:
 
     model: ModelLike | None = None
     skip_bad: int = 0
+    bad_files: float = 0
     block_bytes: int = BLOCK_BYTES
     cache_bytes: int = CACHE_BYTES
 
@@ -80,7 +83,7 @@ class BadRow:
 class BadRows:
     """Tally of bad rows: keeps the first few to show, and raises when more than ``limit`` were met."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: float) -> None:
         self.limit, self.count = limit, 0
         self.shown: list[BadRow] = []
 
@@ -109,7 +112,7 @@ class BadRows:
         last = self.shown[-1]
         others = [str(row) for row in self.shown[:-1]]
         if self.limit:
-            others.insert(0, f"more bad rows than the {self.limit} that may be skipped; the first {len(self.shown)}:")
+            others.insert(0, f"more bad rows than the {self.limit:g} that may be skipped; the first {len(self.shown)}:")
         raise TraceError(last.what, rule=last.rule, hint=last.hint, where=last.where, others=others)
 
     def sentence(self) -> tuple[str, ...]:

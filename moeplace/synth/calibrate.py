@@ -10,7 +10,8 @@ from moeplace import measures
 from moeplace.errors import InputError
 from moeplace.insight import domain_distances, phase_agreement
 from moeplace.model import ModelSpec
-from moeplace.profile import CHUNK_TOKENS, profile_trace
+from moeplace.parts import CHUNK_TOKENS
+from moeplace.profile import profile_trace
 from moeplace.synth.routers import MOST_CERTAIN, Knobs
 from moeplace.synth.spec import TOLERANCES, Reached, SynthSpec
 from moeplace.synth.stream import SyntheticTrace

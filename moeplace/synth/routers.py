@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplace.affinity import hashed
 from moeplace.counting import compile_kernel
+from moeplace.fingerprint import hashed
 from moeplace.frozen import Floats, Ints
 from moeplace.model import ModelSpec
 

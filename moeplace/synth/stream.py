@@ -15,7 +15,7 @@ import numpy as np
 from moeplace.errors import InputError
 from moeplace.frozen import Floats, Ints
 from moeplace.model import ModelSpec
-from moeplace.profile import CHUNK_TOKENS
+from moeplace.parts import CHUNK_TOKENS
 from moeplace.synth.routers import Knobs, LayerRouter, LayerTaste, num_topics
 from moeplace.synth.spec import Reached, SynthSpec
 from moeplace.trace import BLOCK_BYTES, DECODE, PREFILL, Trace, TraceMeta, concatenate, id_dtype

@@ -1,0 +1,127 @@
+"""Some requests of a folder or archive of per-request JSON, to be read wherever it suits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from moeplace.errors import InputError
+from moeplace.parts import TOKENS_PER_FILE, BadFile, Chunk, PartTokens
+from moeplace.readers._bundle import Document, read_document
+from moeplace.readers._common import Columns, frozen_columns
+from moeplace.readers._nested import collector_paused
+from moeplace.readers._steps import Request, RequestShape, parse_request
+from moeplace.trace import DECODE, PREFILL, Trace, TraceMeta, assembled, id_dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepsFile:
+    """One request of a part.
+
+    Attributes
+    ----------
+    document
+        Where it is.
+    shown
+        What errors call it.
+    place
+        Its place in the recorded order.
+    request, domain
+        Its numbers in the whole trace; the domain is None where there are none.
+    chunk
+        Number of the stretch of the trace that it belongs to.
+    """
+
+    document: Document
+    shown: str
+    place: int
+    request: int
+    domain: int | None
+    chunk: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepsPart:
+    """Requests of a folder or archive.
+
+    Attributes
+    ----------
+    source
+        The folder or archive.
+    requests
+        What the part holds, in recorded order.
+    shape
+        What every request is held to.
+    meta
+        The whole trace's, without names; with too many experts where their number is not known yet.
+    """
+
+    source: str
+    requests: tuple[StepsFile, ...]
+    shape: RequestShape
+    meta: TraceMeta
+
+    @property
+    def files(self) -> tuple[int, ...]:
+        """Places of the files in the recorded order."""
+        return tuple(file.place for file in self.requests)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the files as they are stored."""
+        return sum(file.document.size_bytes for file in self.requests)
+
+    def read(self) -> PartTokens:
+        """Read the files. Memory: that of the ids, and of one file's JSON."""
+        with collector_paused():
+            return self._read()
+
+    def _read(self) -> PartTokens:
+        bad: list[BadFile] = []
+        chunks: list[Chunk] = []
+        for number, files in groupby(self.requests, key=lambda file: file.chunk):
+            read: list[tuple[StepsFile, Request]] = []
+            for file in files:
+                try:
+                    read.append((file, self._request(file)))
+                except InputError as exc:
+                    bad.append(BadFile(name=file.document.name, reason=str(exc)))
+            if read:
+                chunks.append(self._chunk(number, read))
+        return PartTokens(chunks=tuple(chunks), bad=tuple(bad))
+
+    def _request(self, file: StepsFile) -> Request:
+        data = read_document(self.source, file.document)
+        if isinstance(data, InputError):
+            raise data
+        request = parse_request(data, file.shown)
+        self.shape.check(request, file.shown)
+        return request
+
+    def _chunk(self, number: int, read: list[tuple[StepsFile, Request]]) -> Chunk:
+        columns = frozen_columns([request_columns(request, file.request, file.domain) for file, request in read])
+        del columns["at_step"]
+        experts = columns["experts"]
+        known = min(self.meta.num_experts, max(self.meta.top_k, int(experts.max()) + 1))
+        columns["experts"] = experts.astype(id_dtype(known), copy=False)
+        # the ids were held to their rules file by file
+        tokens: Trace = assembled(self.meta.replace(num_experts=known), columns)
+        return Chunk(tokens=tokens, first=read[0][0].place * TOKENS_PER_FILE, number=number)
+
+
+def request_columns(request: Request, number: int, domain: int | None) -> Columns:
+    """Return the columns of a request's tokens, and ``at_step``, the step of each."""
+    tokens = len(request.experts)
+    steps = request.steps
+    columns: Columns = {
+        "experts": request.experts,
+        "request": np.full(tokens, number, np.int64),
+        "position": np.arange(tokens, dtype=np.int64),
+        "phase": np.where(steps == 0, PREFILL, DECODE).astype(np.uint8),
+        "at_step": steps,
+    }
+    if domain is not None:
+        columns["domain"] = np.full(tokens, domain, np.int64)
+    return columns
