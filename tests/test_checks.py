@@ -14,7 +14,6 @@ from trace_cases import real
 from moeplace.affinity import RoutingStats, count_routing
 from moeplace.checks import (
     FEW_REQUESTS,
-    IDENTICAL_ROWS,
     LOOP_WINDOW,
     Finding,
     always_chosen,
@@ -33,6 +32,7 @@ from moeplace.checks import (
 )
 from moeplace.model import load_model
 from moeplace.readers import open_trace
+from moeplace.subset import IDENTICAL_ROWS
 from moeplace.trace import Counts, Trace, TraceMeta
 
 Check = Callable[[RoutingStats], list[Finding]]

@@ -50,6 +50,25 @@ class Share(click.ParamType):  # type: ignore[type-arg] # generic since click 8.
         return share
 
 
+class Portion(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
+    """A number of things, written ``200``, or a share of them, written ``10%`` or ``0.1``."""
+
+    name = "n|share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        """Read a whole number as int, a share as float."""
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
+        text = str(value).strip().replace("_", "")
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text)
+        if match and text.isdigit() and int(text) >= 1:
+            return int(text)
+        share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+        if not 0 < share <= 1:
+            self.fail(f"{value!r} is neither a number of at least 1 nor a share: write 200 or 10%", param, ctx)
+        return share
+
+
 class Requirement(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
     """``optimal``, or the largest gap that will do."""
 
