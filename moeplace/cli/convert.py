@@ -39,25 +39,26 @@ LOST = "only counts are written: affinity, requests and phases are lost"
 @option("--part", metavar="SPLIT", help="Keep a part of a split: half:SEED, domain:NAME,… or time:FRACTION.")
 @option("--keep", type=click.Choice(["fit", "test"]), default="fit", help="Which part of --part to keep.")
 @option("--split", metavar="FIT,TEST", help="Write both parts of a split, to two files, in place of OUTPUT.")
-@option("--by", metavar="SPLIT", default="half:0", help="The split of --split.")
+@option("--by", metavar="SPLIT", default="half:0", help="How --split divides, as for --part.")
 @option("--requests", metavar="LIST", help="Keep only these: names, numbers, ranges 10-19; or @FILE, one to a line.")
 @option("--without-requests", metavar="LIST", help="Leave these requests out; a LIST as for --requests.")
 @option("--phase", type=click.Choice(["prefill", "decode"]), help="Keep only tokens of this phase.")
 @option("--sample", type=Portion(), help="Keep a uniform sample of whole requests: so many, or a share such as 10%.")
 @option("--seed", type=Whole(0), default=0, help="Seed of the sample.")
-@option("--to", "output_format", type=click.Choice(["jsonl", "npz", "counts"]), help="Default: by the output's name.")
+@option("--to", "output_format", type=click.Choice(["jsonl", "npz", "counts"]), help="Output format; default: by name.")
 @option("--per-step", is_flag=True, help="Count each recorded step by itself, not the whole trace.")
 @common
 def convert_command(trace: str, output: str | None, **options: Any) -> None:
     """Turn a trace into native npz (fast), JSONL (readable) or counts, or a part of it.
 
     OUTPUT ends in .npz, .jsonl or .json (counts), the last two also with .gz or .zst; the same input always gives the
-    same bytes. The options that choose what to keep act in the order below, each on what the one before left: without
-    the dummy run, of a part of a split, of the requests named, of one phase, a sample. So --split and --part divide
-    requests as solve --fit and score --test do, and whatever else is left out, none moves to the other part.
+    same bytes. What to keep is chosen in the order of the options below: first the dummy run goes, then a part of a
+    split is taken, of it the requests named, of them a phase, of what is left a sample. So --split and --part divide
+    requests as solve --fit and score --test do, and none moves to the other part by what else is left out.
 
     Counts are what SGLang's --init-expert-location takes: logical_count [layers, experts], with --per-step
-    [steps, layers, experts], in JSON with rows of zeros for dense layers. Counts as input can be split by step.
+    [steps, layers, experts]; in JSON dense layers have rows of zeros (--model tells which they are). Counts as input
+    can be split by step.
     """
     from moeplace.report import write_json
     from moeplace.subset import narrowed

@@ -22,32 +22,38 @@ Examples:
 @hardware
 @option("--phase", type=click.Choice(["prefill", "decode"]), help="Use only tokens of this phase.")
 @option("--fit", metavar="SPLIT", help="Use the fit part of a split: half:SEED, domain:NAME,… or time:FRACTION.")
+@option("--heat/--no-heat", default=True, help="Draw a line of blocks per layer, one block for each expert.")
 @threads
 @common
-def stats_command(trace: str, fit: str | None, **options: Any) -> None:
+def stats_command(trace: str, fit: str | None, heat: bool, **options: Any) -> None:
     """Show what a routing trace says.
 
-    Per layer: how skewed the load is, over experts and over GPUs when experts are placed contiguously, and what share
-    of the transitions to the next layer the busiest fifth of expert pairs holds, beside what popularity alone would
-    give. Then what the trace shows of six published patterns, beside the published figures (arXiv 2510.05497), and what
-    looks wrong with it.
+    Per layer, the load: the hottest expert over the mean, coefficient of variation, Gini coefficient, share of the
+    busiest tenth; and over GPUs with contiguous experts, max/mean and balancedness (mean/max). Then affinity: bits of
+    mutual information with the next layer beside what chance shows, lift, and the shares of the busiest pairs beside
+    what popularity alone would give.
+
+    Then how much the sample supports and how far its chunks, domains and phases differ, what it shows of six published
+    patterns, beside the published figures (arXiv 2510.05497), and what looks wrong with it.
     """
-    from moeplace.build import describe_trace, topology_for
+    from moeplace.build import describe_trace, model_for, topology_for
     from moeplace.checks import check_trace
     from moeplace.insight import measure_trace, patterns
+    from moeplace.overview import write_overview, write_remarks
     from moeplace.profile import count_and_profile
-    from moeplace.report import stats_notes, stats_tables, write_json
+    from moeplace.report import write_json
     from moeplace.summary import summarise_trace
 
     source = open_source(trace, options, split=fit)
     stats, profile = count_and_profile(source, threads=options["threads"])
-    insight, findings = measure_trace(stats, profile), check_trace(source, stats)
+    insight = measure_trace(stats, profile)
+    findings = check_trace(source, stats, model_for(stats.meta, options["model"]))
     topology = topology_for(choices_of(options), stats)
-    summary = summarise_trace(stats, topology.num_gpus)
+    summary = summarise_trace(stats, topology.num_gpus, insight)
     warn(source.meta.assumptions, quiet=options["quiet"])
     if options["as_json"]:
         found = [asdict(finding) for finding in findings]
         write_json(summary.to_dict() | {"insight": insight.to_dict(), "findings": found})
         return
-    stats_tables(summary, describe_trace(stats, topology.num_gpus))
-    stats_notes([str(pattern) for pattern in patterns(insight)], [str(finding) for finding in findings])
+    write_overview(summary, insight, describe_trace(stats, topology.num_gpus), stats.load if heat else None)
+    write_remarks(patterns(insight), findings)
