@@ -139,6 +139,7 @@ def sample_lines(insight: TraceInsight) -> dict[str, str]:
             f" count as {sample.effective_tokens:,.0f} independent ones (design effect {sample.design_effect:.1f})"
         )
     told["error"] = f"±{sample.relative_error:.1%} of an average expert's load (standard error)"
+    told["error"] += "" if sample.design_effect is not None else ", if its tokens are independent"
     if sample.warning:
         told["warning"] = sample.warning
     told["drift"] = f"unknown: the trace is shorter than two chunks of {CHUNK_TOKENS:,} tokens"

@@ -84,7 +84,8 @@ def test_a_sample_is_told_with_its_size_and_its_spread() -> None:
     told = sample_lines(insight)
     assert told["tokens"].startswith("60 tokens of ")
     assert "design effect" in told["tokens"]
-    assert f"±{insight.sample.relative_error:.1%}" in told["error"]
+    assert told["error"] == f"±{insight.sample.relative_error:.1%} of an average expert's load (standard error)"
+    assert "if its tokens are independent" in sample_lines(seen(make_trace(0, **(SHAPE | {"requests": 1})))[1])["error"]
     assert told["warning"] == insight.sample.warning
     assert "shorter than two chunks of 25,000" in told["drift"]
     assert "domains" not in told
