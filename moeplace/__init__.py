@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from moeplace.problem import Problem as Problem
     from moeplace.readers import open_trace as open_trace
     from moeplace.readers import read_trace as read_trace
+    from moeplace.reduction import counts_of as counts_of
     from moeplace.scoring import Score as Score
     from moeplace.scoring import score as score
     from moeplace.solution import Limits as Limits
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from moeplace.solvers import solve as solve
     from moeplace.split import parse_split as parse_split
     from moeplace.split import select as select
+    from moeplace.subset import Subset as Subset
+    from moeplace.subset import narrowed as narrowed
     from moeplace.topology import Topology as Topology
     from moeplace.topology import load_topology as load_topology
     from moeplace.trace import Counts as Counts
@@ -60,10 +63,12 @@ _HOMES = {
     "placement": ("Placement",),
     "problem": ("Problem",),
     "readers": ("open_trace", "read_trace"),
+    "reduction": ("counts_of",),
     "scoring": ("Score", "score"),
     "solution": ("Limits", "Report", "Solution"),
     "solvers": ("list_solvers", "solve"),
     "split": ("parse_split", "select"),
+    "subset": ("Subset", "narrowed"),
     "topology": ("Topology", "load_topology"),
     "trace": ("Counts", "Trace", "TraceMeta"),
     "writers": ("write_trace",),

@@ -10,6 +10,7 @@ import numpy as np
 
 from moeplace.affinity import RoutingStats, count_routing
 from moeplace.batches import DEFAULT_PREFILL_TOKENS, DEFAULT_REQUESTS, BatchLaw
+from moeplace.checks import check_stats, identical_start
 from moeplace.errors import InputError, ProblemError, UnknownNameError
 from moeplace.frozen import Floats, Ints
 from moeplace.metrics import max_over_mean
@@ -212,6 +213,18 @@ def assumptions(problem: Problem, choices: Choices) -> tuple[str, ...]:
     if problem.stats.has_tokens:
         said += law_sentences(problem.law, requests=choices.batch_requests, tokens=choices.batch_tokens)
     return tuple(said)
+
+
+def trace_warnings(source: TraceStream | Counts, problem: Problem) -> tuple[str, ...]:
+    """What looks wrong with the trace of a problem, one sentence each with what to do about it.
+
+    Only what is cheap to find is looked for: in the statistics, and at the start of the trace. ``moeplace stats`` looks
+    for more.
+    """
+    found = check_stats(problem.stats, problem.model)
+    if not isinstance(source, Counts):
+        found = [*identical_start(source), *found]
+    return tuple(str(finding) for finding in found if finding.level == "warning")
 
 
 def model_sentence(meta: TraceMeta, model: ModelSpec) -> str:

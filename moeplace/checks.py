@@ -17,9 +17,9 @@ from moeplace import measures
 from moeplace.affinity import RoutingStats
 from moeplace.loops import LoopTally
 from moeplace.model import ModelSpec
+from moeplace.subset import dummy_run
 from moeplace.trace import Counts, TraceStream
 
-IDENTICAL_ROWS = 32  # equal rows at the start that are no accident
 DOMINANT = 0.98  # share of tokens that choose one expert in a layer
 FEW_REQUESTS = 32
 ENOUGH_TOKENS = 64  # fewer rows (or selections per expert) prove nothing about what never varies
@@ -84,17 +84,8 @@ def identical_start(source: TraceStream) -> list[Finding]:
 
     vLLM's is 16,384 rows long. Reads only as far as the run goes.
     """
-    first: npt.NDArray[Any] | None = None
-    length = 0
-    for block in source.blocks():
-        if block.num_tokens == 0:
-            continue
-        first = block.experts[0] if first is None else first
-        differs = (block.experts != first).any(axis=(1, 2))
-        length += int(differs.argmax()) if differs.any() else block.num_tokens
-        if differs.any():
-            break
-    if length < IDENTICAL_ROWS:
+    length = dummy_run(source)
+    if length == 0:
         return []
     return [
         Finding(
@@ -102,7 +93,7 @@ def identical_start(source: TraceStream) -> list[Finding]:
             check="identical-start",
             sentence=f"the first {length:,} rows choose the same experts in every layer, as an engine's dummy "
             "profiling run does",
-            hint="drop them: they are no requests",
+            hint="they are no requests: moeplace convert --drop-dummy-run leaves them out",
         )
     ]
 

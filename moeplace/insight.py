@@ -128,6 +128,14 @@ class TraceInsight:
     sample: SampleSize
 
     @property
+    def most_distant(self) -> tuple[str, str] | None:
+        """The two domains whose loads differ most; None with fewer than two."""
+        rows = self.domain_distance
+        pairs = [(a, b) for a in range(len(rows)) for b in range(a)]
+        far = max(pairs, key=lambda pair: rows[pair[0]][pair[1]], default=None)
+        return None if far is None else (self.domains[far[1]], self.domains[far[0]])
+
+    @property
     def pair_distances(self) -> tuple[float, ...]:
         """Distances of the domains, each pair once."""
         rows = self.domain_distance
@@ -143,7 +151,6 @@ def measure_trace(stats: RoutingStats, profile: TraceProfile) -> TraceInsight:
     """Compute every measure of a trace from its two tables. Complexity: O(layers·experts²·log experts)."""
     layers = range(stats.meta.num_layers)
     names, distance = domain_distances(profile)
-    together = () if stats.coactivation is None else stats.coactivation
     return TraceInsight(
         num_tokens=stats.num_tokens,
         num_requests=stats.num_requests,
@@ -152,7 +159,7 @@ def measure_trace(stats: RoutingStats, profile: TraceProfile) -> TraceInsight:
         layer_ids=stats.meta.layer_ids,
         skew=tuple(measures.load_skew(stats.load[layer]) for layer in layers),
         affinity=layer_affinity(stats),
-        coactivation=tuple(measures.coactivation_concentration(table) for table in together),
+        coactivation=layer_coactivation(stats),
         gpu_max_over_min=tuple(_gpu_max_over_min(stats.load[layer]) for layer in layers),
         following=tuple((float(a), float(b)) for a, b in profile.following),
         phases=phase_agreement(profile),
@@ -168,6 +175,12 @@ def layer_affinity(stats: RoutingStats) -> tuple[Affinity, ...]:
     """Affinity of each pair of adjacent layers; empty for counts. Complexity: O(layers·experts²·log experts)."""
     tables = () if stats.transition is None else stats.transition
     return tuple(_affinity(table, stats) for table in tables)
+
+
+def layer_coactivation(stats: RoutingStats) -> tuple[tuple[float, float], ...]:
+    """Co-activation share of each layer, and by popularity alone; empty for counts. O(layers·experts²·log experts)."""
+    tables = () if stats.coactivation is None else stats.coactivation
+    return tuple(measures.coactivation_concentration(table) for table in tables)
 
 
 def _affinity(table: Ints, stats: RoutingStats) -> Affinity:

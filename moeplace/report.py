@@ -20,7 +20,6 @@ from moeplace.model import ModelSpec
 from moeplace.problem import Problem
 from moeplace.scoring import Score
 from moeplace.solution import Incumbent, Report, Solution, relative_gap
-from moeplace.summary import TraceSummary
 from moeplace.tails import QUANTILES, tail_steps
 
 GAP_BETWEEN = "  "
@@ -72,9 +71,28 @@ def say(text: str, out: Console, style: str = "") -> None:
     out.print(Text(text, style), soft_wrap=True)
 
 
+def say_parts(parts: Iterable[tuple[str, str]], out: Console) -> None:
+    """Write one line of texts that each have a style of their own."""
+    out.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def say_wrapped(text: str, out: Console, style: str = "", *, indent: str = "") -> None:
+    """Write a sentence: whole in a pipe, wrapped at words on a terminal, further lines with an indent."""
+    room = width_of(out)
+    for line in [text] if room is None else _wrapped(text, room, indent):
+        say(line, out, style)
+
+
+def _wrapped(text: str, room: int, indent: str = "") -> list[str]:
+    """Lines of at most ``room`` columns where words allow; no line begins with a percent sign."""
+    kept = text.replace(" %", "\u00a0%")
+    lines = textwrap.wrap(kept, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\u00a0%", " %") for line in lines] or [""]
+
+
 def write_lines(pairs: Mapping[str, str], out: Console) -> None:
     """Write ``label  text`` lines, labels aligned; a terminal gets long texts wrapped beneath themselves."""
-    for line in align(list(pairs.items()), right=(), width=_width(out)):
+    for line in align(list(pairs.items()), right=(), width=width_of(out)):
         say(line, out)
 
 
@@ -99,7 +117,7 @@ def align(rows: Sequence[Sequence[str]], *, right: Iterable[int], width: int | N
     for row in rows:
         cells = [_pad(cell, widths[i], i in to_right) for i, cell in enumerate(row[:-1])]
         tail = _pad(row[-1], widths[last], True) if last in to_right else row[-1]
-        parts = (textwrap.wrap(tail, room, break_long_words=False, break_on_hyphens=False) if room else [tail]) or [""]
+        parts = _wrapped(tail, room) if room else [tail]
         lines.append(GAP_BETWEEN.join([*cells, parts[0]]).rstrip())
         lines += [" " * indent + part for part in parts[1:]]
     return lines
@@ -110,7 +128,8 @@ def _pad(cell: str, width: int, right: bool) -> str:
     return space + cell if right else cell + space
 
 
-def _width(out: Console) -> int | None:
+def width_of(out: Console) -> int | None:
+    """Columns of a terminal; None for a pipe, which takes lines of any length."""
     return out.width if out.is_terminal else None
 
 
@@ -120,7 +139,7 @@ def write_table(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> 
     The first column is then repeated, so that every line can be read by itself.
     """
     out, to_right = console(), set(right)
-    room = _width(out)
+    room = width_of(out)
     widths = [max(map(cell_len, column)) + len(GAP_BETWEEN) for column in zip(*rows, strict=True)]
     wraps = len(widths) - 1 not in to_right
     groups: list[list[int]] = [[0]]
@@ -151,6 +170,14 @@ def number(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
+def write_plan(instance: Mapping[str, str], assumed: Sequence[str], noted: Sequence[str], out: Console) -> None:
+    """Write an instance, what was assumed of it, and what is to be noted of its trace."""
+    write_lines(instance, out)
+    for label, sentences in (("assumed", assumed), ("note", noted)):
+        for sentence in sentences:
+            say_wrapped(f"{label}: {sentence}", out, "yellow", indent="  ")
+
+
 class SolveLog(Report):
     """The live log: assumptions first, one line per improvement, then status and stop reason in words."""
 
@@ -164,13 +191,11 @@ class SolveLog(Report):
         self._shown_at = -LOG_EVERY_S
         self._held: str | None = None
 
-    def head(self, instance: Mapping[str, str], assumed: Sequence[str]) -> None:
-        """Write the instance and what was assumed."""
+    def head(self, instance: Mapping[str, str], assumed: Sequence[str], noted: Sequence[str] = ()) -> None:
+        """Write the instance, what was assumed, and what is to be noted of the trace."""
         if self.shown:
             self._clear()
-            write_lines(instance, self._out)
-            for sentence in assumed:
-                say(f"assumed: {sentence}", self._out, "yellow")
+            write_plan(instance, assumed, noted, self._out)
 
     def stage(self, name: str, detail: str = "") -> None:
         """Announce a stage."""
@@ -336,37 +361,6 @@ def _step_load(entry: Score) -> str:
 def _busiest(entry: Score) -> str:
     ranked = entry.simulation.bottlenecks
     return f"{ranked[0][0]} {ranked[0][1]:.0%}" if ranked else "-"
-
-
-def stats_tables(summary: TraceSummary, instance: Mapping[str, str]) -> None:
-    """Write the trace's sizes and one row per layer."""
-    out = console()
-    write_lines(instance, out)
-    say("", out)
-    rows = [["layer", "hottest/mean", "variation", "top 10 %", "GPU max/mean"]]
-    pairs = any(row.top_pair_share is not None for row in summary.layers)
-    rows[0] += ["top 20 % pairs", "if independent"] if pairs else []
-    for row in summary.layers:
-        cells = [
-            str(row.layer_id),
-            f"{row.expert_max_over_mean:.2f}",
-            f"{row.variation:.2f}",
-            f"{row.top_expert_share:.1%}",
-            f"{row.gpu_max_over_mean:.3f}",
-        ]
-        shares = (row.top_pair_share, row.top_pair_share_independent) if pairs else ()
-        rows.append([*cells, *["-" if share is None else f"{share:.1%}" for share in shares]])
-    write_table(rows, right=range(len(rows[0])))
-
-
-def stats_notes(patterns: Sequence[str], findings: Sequence[str]) -> None:
-    """Write what the trace shows of the published patterns, and what looks wrong with it."""
-    out = console()
-    for head, lines in (("patterns", patterns), ("checks", findings or ["nothing looks wrong with the trace"])):
-        say("", out)
-        say(head, out, "bold")
-        for line in lines:
-            say(line, out)
 
 
 def diff_table(change: Change) -> None:

@@ -7,7 +7,7 @@ import gzip
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, BinaryIO, cast
 
@@ -20,6 +20,7 @@ from moeplace.files import atomic_output, zstd_module
 from moeplace.trace import PHASES, SCHEMA, Counts, Trace, TraceMeta, TraceStream, id_dtype
 
 FORMATS = ("jsonl", "npz", "json")
+MOST_LAYERS = 1024  # larger layer ids count something else: a row for each number up to them would be mostly zeros
 
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".npz": "npz", ".json": "json"}
 _SMALL_COLUMNS = ("request", "position", "phase", "step", "rank", "domain")
@@ -50,8 +51,29 @@ def write_trace(
     OutputError
         The target cannot be written, or the format does not fit what is written.
     """
-    name = os.fspath(path)
-    kind = format or _format_of(name, "json" if isinstance(trace, Counts) else "jsonl")
+    write_traces([(trace, path)], format=format)
+
+
+def write_traces(
+    parts: Sequence[tuple[Trace | TraceStream | Counts, str | os.PathLike[str]]], *, format: str | None = None
+) -> None:
+    """Write several traces or counts, each as :func:`write_trace` does; no file appears before all are complete."""
+    forms = [_form(trace, os.fspath(path), format) for trace, path in parts]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(atomic_output(path)) for _, path in parts]
+        for (trace, _), (kind, compression), raw in zip(parts, forms, files, strict=True):
+            with _compressed(raw, compression) as out:
+                if isinstance(trace, Counts):
+                    _write_counts(trace, kind, out)
+                elif kind == "npz":
+                    _write_npz(trace, out)
+                else:
+                    _write_jsonl(trace, out)
+
+
+def _form(trace: Trace | TraceStream | Counts, name: str, format: str | None) -> tuple[str, str | None]:
+    """Format and compression of an output; an error where they do not fit what is written."""
+    kind = format or format_of(name, "json" if isinstance(trace, Counts) else "jsonl")
     fitting = ("json", "npz") if isinstance(trace, Counts) else ("jsonl", "npz")
     if kind not in fitting:
         what = f"{'counts' if isinstance(trace, Counts) else 'a trace'} cannot be written as {kind}"
@@ -60,16 +82,17 @@ def write_trace(
     if compression and kind == "npz":
         hint = "name it .npz"
         raise OutputError("npz is compressed already", rule=f"no {compression} after .npz", hint=hint, where=name)
-    with atomic_output(path) as raw, _compressed(raw, compression) as out:
-        if isinstance(trace, Counts):
-            _write_counts(trace, kind, out)
-        elif kind == "npz":
-            _write_npz(trace, out)
-        else:
-            _write_jsonl(trace, out)
+    return kind, compression
 
 
-def _format_of(name: str, default: str) -> str:
+def format_of(name: str, default: str) -> str:
+    """Format that an output's name tells, one of :data:`FORMATS`; ``default`` for standard output.
+
+    Raises
+    ------
+    OutputError
+        The name's suffix tells none.
+    """
     if name == "-":
         return default
     suffix = os.path.splitext(re.sub(r"\.(gz|zst)$", "", name))[1].lower()
@@ -236,7 +259,7 @@ def _write_counts(counts: Counts, kind: str, out: BinaryIO) -> None:
     if kind == "json":
         domain = None if counts.domain is None else _named(counts.domain, counts.meta.domains)
         content = {key: value for key, value in {**fields, "domain": domain}.items() if value not in (None, ())}
-        content["logical_count"] = counts.counts
+        content["logical_count"] = _row_per_layer(counts)
         option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
         out.write(orjson.dumps(content, option=option))
         return
@@ -245,6 +268,19 @@ def _write_counts(counts: Counts, kind: str, out: BinaryIO) -> None:
         if counts.domain is not None:
             _write_array(archive, "domain", counts.domain)
         _write_fields(archive, fields)
+
+
+def _row_per_layer(counts: Counts) -> npt.NDArray[np.int64]:
+    """Counts with a row for every layer up to the last, of zeros for those that are not MoE layers.
+
+    So SGLang's ``--init-expert-location`` takes them: its rows are all layers of the model. Steps are left out where
+    there is one.
+    """
+    ids, table = counts.meta.layer_ids, counts.counts
+    if ids[0] >= 0 and ids[-1] < MOST_LAYERS:
+        table = np.zeros((counts.num_steps, ids[-1] + 1, counts.meta.num_experts), np.int64)
+        table[:, ids] = counts.counts
+    return table[0] if counts.num_steps == 1 and counts.domain is None else table
 
 
 def _write_fields(archive: zipfile.ZipFile, fields: dict[str, Any]) -> None:

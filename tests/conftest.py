@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+from shell import SHAPE, Shell
 from strategies import make_problem, make_trace, small_model
 
 from moeplace.hardware import Accelerator, load_accelerator
@@ -11,6 +16,7 @@ from moeplace.model import ModelSpec
 from moeplace.problem import Problem
 from moeplace.topology import Topology, load_topology
 from moeplace.trace import Trace, TraceMeta
+from moeplace.writers import write_trace
 
 settings.register_profile(
     "reproducible",
@@ -69,3 +75,29 @@ def toy_model() -> ModelSpec:
 def toy_problem(small_trace: Trace) -> Problem:
     """The small trace on two GPUs with three slots each."""
     return make_problem(small_trace, "scale-up:2")
+
+
+@pytest.fixture(scope="session")
+def shell_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one trace as npz and as JSON Lines, and counts."""
+    folder = tmp_path_factory.mktemp("traces")
+    trace = make_trace(0, **SHAPE)
+    write_trace(trace, folder / "t.npz")
+    write_trace(trace, folder / "t.jsonl")
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(800, np.arange(1, 33) / 528, size=(4, 3))
+    np.savez(folder / "counts.npz", logical_count=counts)
+    return folder
+
+
+@pytest.fixture
+def shell(
+    tmp_path: Path, shell_files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Shell:
+    """A shell in a fresh folder that holds the shell files, without MOEPLACE_ variables."""
+    for name in [name for name in os.environ if name.startswith("MOEPLACE_")]:
+        monkeypatch.delenv(name)
+    for file in shell_files.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    return Shell(tmp_path, capsys)

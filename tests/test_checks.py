@@ -14,7 +14,6 @@ from trace_cases import real
 from moeplace.affinity import RoutingStats, count_routing
 from moeplace.checks import (
     FEW_REQUESTS,
-    IDENTICAL_ROWS,
     Finding,
     always_chosen,
     check_stats,
@@ -34,6 +33,7 @@ from moeplace.loops import WINDOW, LoopTally
 from moeplace.model import load_model
 from moeplace.profile import count_and_profile
 from moeplace.readers import open_trace
+from moeplace.subset import IDENTICAL_ROWS
 from moeplace.trace import Counts, Trace, TraceMeta, TraceStream
 
 Check = Callable[[RoutingStats], list[Finding]]

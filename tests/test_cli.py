@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from shell import SHAPE, Shell, on_terminal, started
 from strategies import make_trace
 
 from moeplace.cli import COMMANDS, run
 from moeplace.writers import write_trace
 
-SHAPE = {"tokens": 400, "layers": 3, "experts": 32, "top_k": 4, "requests": 20}
 PLUGIN = """
 import time
 from moeplace.solution import Solution, Status, StopReason, found
@@ -40,103 +35,6 @@ def solve(problem, limits, report):
     answer = found(problem, placement, limits, report, solver="slow")
     return answer.replace(stop_reason=StopReason.INTERRUPTED)
 """
-
-
-@dataclass
-class Done:
-    """A finished command: exit code and what it wrote."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """Standard output as JSON, which must have sorted keys."""
-        document: dict[str, Any] = json.loads(self.out)
-        assert list(document) == sorted(document)
-        return document
-
-
-class Shell:
-    """Runs commands in this process, in a folder of its own that holds ``t.npz`` and ``t.jsonl``."""
-
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self._capsys = folder, capsys
-
-    def __call__(self, line: str, code: int = 0) -> Done:
-        """Run one line and expect an exit code."""
-        self._capsys.readouterr()
-        got = run(line.split())
-        out, err = self._capsys.readouterr()
-        assert got == code, f"{line}: exit code {got}\n{out}{err}"
-        return Done(got, out, err)
-
-    def fails(self, line: str, *words: str, code: int = 1) -> str:
-        """Run a line that must fail with one message, without a traceback, that holds the words."""
-        done = self(line, code)
-        assert done.out == "", done.out
-        assert "Traceback" not in done.err
-        assert "(unexpected; --debug" not in done.err
-        message = done.err[done.err.index("error: ") :]
-        for word in words:
-            assert word in message, f"{word!r} is not in {message!r}"
-        return message
-
-    def files(self) -> list[str]:
-        """Everything in the folder, hidden files too."""
-        return sorted(os.listdir(self.folder))
-
-
-@pytest.fixture(scope="module")
-def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one trace as npz and as JSON Lines, and counts."""
-    folder = tmp_path_factory.mktemp("traces")
-    trace = make_trace(0, **SHAPE)
-    write_trace(trace, folder / "t.npz")
-    write_trace(trace, folder / "t.jsonl")
-    rng = np.random.default_rng(0)
-    counts = rng.multinomial(800, np.arange(1, 33) / 528, size=(4, 3))
-    np.savez(folder / "counts.npz", logical_count=counts)
-    return folder
-
-
-@pytest.fixture
-def shell(tmp_path: Path, traces: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
-    """A shell in a fresh folder, without MOEPLACE_ variables."""
-    for name in [name for name in os.environ if name.startswith("MOEPLACE_")]:
-        monkeypatch.delenv(name)
-    for file in traces.iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    monkeypatch.chdir(tmp_path)
-    return Shell(tmp_path, capsys)
-
-
-def started(folder: Path, line: str, **settings: Any) -> subprocess.Popen[str]:
-    """Start a command as a process of its own."""
-    words = [sys.executable, "-m", "moeplace", *line.split()]
-    streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(words, cwd=folder, text=True, **(streams | settings))
-
-
-def on_terminal(folder: Path, line: str, width: int = 80, **variables: str) -> str:
-    """What a command shows on a terminal of some width, standard output and error together."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
-    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
-    environment |= {"TERM": "xterm-256color"} | variables
-    words = [sys.executable, "-m", "moeplace", *line.split()]
-    process = subprocess.Popen(words, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
-    os.close(theirs)
-    shown = b""
-    try:
-        while block := os.read(ours, 65536):
-            shown += block
-    except OSError:  # Linux reports the end of a terminal as an error
-        pass
-    process.wait()
-    os.close(ours)
-    return shown.decode().replace("\r\n", "\n")
 
 
 # --- solve -----------------------------------------------------------------------------------------------------------

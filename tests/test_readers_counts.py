@@ -125,6 +125,18 @@ def test_dense_layers_are_left_out(save) -> None:
     assert counts_of(save({"counts": with_dense, "layer_ids": np.arange(5)})).meta.num_layers == 5
 
 
+def test_layer_ids_may_name_the_rows_that_are_moe_layers(save) -> None:
+    """Fewer ids than rows pick their rows, silently, where all others are zero; a row with counts is no dense layer."""
+    rows = np.concatenate([np.zeros((2, 3, 3), int), STEPS, np.zeros((2, 2, 3), int)], axis=1)
+    counts = counts_of(save({"counts": rows, "layer_ids": np.array([3, 4]), "top_k": np.array(2)}))
+    assert counts.counts.tolist() == STEPS.tolist()
+    assert (counts.meta.layer_ids, counts.meta.assumptions) == ((3, 4), ())
+    assert counts_of(save({"counts": rows, "layer_ids": np.array([2, 3, 4])})).meta.num_layers == 3
+    for ids in ([2, 3], [3, 99]):
+        error = error_of(save({"counts": rows, "layer_ids": np.array(ids)}))
+        assert "7 layers, but 2 layer ids" in str(error)
+
+
 def test_a_wrong_model_is_named(save) -> None:
     """Experts and layers must be the model's; the error names both."""
     assert "num_experts is 3, but model toy has 8" in str(error_of(save(STEPS), model=FakeModel()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 
@@ -9,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from rich.console import Console
 from strategies import make_problem, make_trace, random_placement, slow_topology, small_model
 
 from moeplace.diff import compare_placements
 from moeplace.problem import Problem
-from moeplace.report import SolveLog, align, diff_table, number, score_tables, stats_tables, write_json, write_table
+from moeplace.report import SolveLog, align, diff_table, number, say_wrapped, score_tables, write_json, write_table
 from moeplace.scoring import score
 from moeplace.solution import Solution, Stage, Status, StopReason
 from moeplace.solvers import solve
-from moeplace.summary import summarise_trace
 from moeplace.trace import Trace
 
 CELLS = st.text(st.characters(categories=("L", "N", "P", "Zs")), max_size=12).map(lambda text: " ".join(text.split()))
@@ -83,7 +84,7 @@ def test_json_is_sorted_and_keeps_its_letters(capsys: pytest.CaptureFixture[str]
 
 def _logged(problem: Problem, solver: str = "linear", shown: bool = True) -> tuple[SolveLog, Solution]:
     log = SolveLog(shown=shown)
-    log.head({"trace": "t"}, ["a topology"])
+    log.head({"trace": "t"}, ["a topology"], ["few requests"])
     answer = solve(problem, solver, report=log)
     log.tail(answer, problem)
     return log, answer
@@ -92,12 +93,12 @@ def _logged(problem: Problem, solver: str = "linear", shown: bool = True) -> tup
 def test_the_log_tells_assumptions_improvements_and_the_end(
     toy_problem: Problem, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this order: instance, assumptions, one line per improvement under a head, status and stop reason, terms."""
+    """In this order: instance, assumptions, notes, one line per improvement under a head, status and reason, terms."""
     _, answer = _logged(toy_problem)
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert lines[:2] == ["trace  t", "assumed: a topology"]
+    assert lines[:3] == ["trace  t", "assumed: a topology", "note: few requests"]
     (head,) = [i for i, line in enumerate(lines) if "objective [µs]" in line]
     assert re.match(r" +[\d.]+s  linear +[\d.,]+ +[\d.,]+ +[\d.]+% ", lines[head + 1])
     text = "\n".join(lines[head + 2 :])
@@ -170,17 +171,17 @@ def test_scores_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--batches" not in text
 
 
-def test_stats_show_pairs_only_where_they_are_known(small_trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
-    """One row per layer; the pair columns are left out for counts."""
-    from moeplace.affinity import count_routing
-
-    stats = count_routing(small_trace)
-    stats_tables(summarise_trace(stats, 2), {"trace": "t"})
-    text = capsys.readouterr().out
-    assert "if independent" in text
-    assert len(text.splitlines()) == 3 + 2
-    stats_tables(summarise_trace(stats.replace(transition=None, coactivation=None, sample=None), 2), {"trace": "t"})
-    assert "if independent" not in capsys.readouterr().out
+def test_sentences_wrap_on_a_terminal_alone() -> None:
+    """A terminal gets lines that fit, further ones indented, none beginning with %; a pipe gets the sentence whole."""
+    text = "the busiest tenth holds 38 % of everything, as was to be expected of a load like this one"
+    for terminal, lines in ((False, 1), (True, 4)):
+        out = Console(file=io.StringIO(), width=28, force_terminal=terminal, color_system=None)
+        say_wrapped(text, out, indent="   ")
+        shown = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert len(shown) == lines
+        assert " ".join(line.strip() for line in shown) == text
+        assert not any(line.lstrip().startswith("%") for line in shown)
+        assert all(line.startswith("   ") and len(line) <= 28 for line in shown[1:])
 
 
 def test_diff_tables_name_gpus_only_where_something_moves(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,10 @@ from hypothesis import given
 from strategies import make_trace, traces
 
 from moeplace.affinity import count_routing
-from moeplace.summary import pair_concentration, summarise_trace
+from moeplace.insight import layer_affinity, measure_trace
+from moeplace.measures import coactivation_concentration, gini, pair_concentration
+from moeplace.profile import profile_trace
+from moeplace.summary import summarise_trace
 from moeplace.trace import Counts, Trace, TraceMeta
 
 
@@ -22,6 +25,8 @@ def test_figures_counted_by_hand(four_tokens: Trace) -> None:
     assert first.variation == pytest.approx(np.std([4, 2, 1, 1]) / 2)
     assert first.top_expert_share == pytest.approx(0.5)
     assert first.gpu_max_over_mean == pytest.approx(6 / 4)
+    assert first.gpu_balancedness == pytest.approx(4 / 6)
+    assert first.gini == pytest.approx(5 / 16)
     assert second.gpu_max_over_mean == pytest.approx(6 / 4)
     assert second.top_pair_share is None
 
@@ -47,6 +52,29 @@ def test_figures_are_what_a_loop_counts(trace: Trace) -> None:
             assert row.top_pair_share == pytest.approx(sum(top) / pairs.sum())
 
 
+@given(traces(layers=3))
+def test_affinity_is_each_layer_s_with_the_next(trace: Trace) -> None:
+    """Every figure is the measure of that layer's table; the last layer has no next one, top-1 no co-activation."""
+    stats = count_routing(trace)
+    assert stats.coactivation is not None
+    summary = summarise_trace(stats, 2)
+    for layer, row in enumerate(summary.layers):
+        assert row.gini == gini(stats.load[layer])
+        assert row.gpu_balancedness * row.gpu_max_over_mean == pytest.approx(1)
+        pair = layer_affinity(stats)[layer] if layer < 2 else None
+        for name in (
+            "mutual_information",
+            "information_bias",
+            "lift",
+            "successor_share",
+            "successor_share_independent",
+        ):
+            assert getattr(row, name) == (None if pair is None else getattr(pair, name))
+        together = coactivation_concentration(stats.coactivation[layer]) if trace.meta.top_k > 1 else (None, None)
+        assert (row.coactivation_share, row.coactivation_share_independent) == together
+    assert summarise_trace(stats, 2, measure_trace(stats, profile_trace(trace))) == summary
+
+
 def test_independent_layers_show_no_affinity() -> None:
     """Where transitions are the product of the loads, both pair shares agree; where they are diagonal, they differ."""
     load = np.array([8, 4, 2, 2])
@@ -61,7 +89,8 @@ def test_counts_have_loads_and_no_pairs() -> None:
     counts = Counts(meta=meta, counts=np.array([[[4, 2, 1, 1], [2, 2, 2, 2]]]))
     document = summarise_trace(count_routing(counts), 2).to_dict()
     assert document["schema"] == "moeplace/stats/1"
-    assert [row["top_pair_share"] for row in document["per_layer"]] == [None, None]
+    for name in ("top_pair_share", "mutual_information", "lift", "coactivation_share"):
+        assert [row[name] for row in document["per_layer"]] == [None, None]
     assert document["per_layer"][1]["expert_max_over_mean"] == 1.0
 
 

@@ -16,7 +16,7 @@ from trace_cases import assert_same, read_tokens, streamed, traces
 from moeplace.errors import OutputError
 from moeplace.readers import open_trace, read_trace
 from moeplace.trace import Counts, Trace, TraceMeta
-from moeplace.writers import write_trace
+from moeplace.writers import write_trace, write_traces
 
 FAST = settings(max_examples=40, deadline=None)
 
@@ -98,6 +98,38 @@ def test_counts_round_trip(tmp_path: Path, suffix: str) -> None:
     assert counts.meta == small_counts().meta
     write_trace(counts, again)
     assert path.read_bytes() == again.read_bytes()
+
+
+def test_json_counts_have_a_row_for_every_layer(tmp_path: Path) -> None:
+    """Dense layers get rows of zeros, as SGLang numbers them; one step has no axis of its own; huge ids get no rows."""
+    counts = small_counts()
+    write_trace(counts, tmp_path / "c.json")
+    table = np.array(json.loads((tmp_path / "c.json").read_text())["logical_count"])
+    assert table.shape == (2, 5, 3)
+    assert table[:, 3:].tolist() == counts.counts.tolist()
+    assert not table[:, :3].any()
+    one = Counts(meta=counts.meta, counts=counts.counts[:1])
+    write_trace(one, tmp_path / "one.json")
+    assert np.array(json.loads((tmp_path / "one.json").read_text())["logical_count"]).shape == (5, 3)
+    for layer_ids in ((3, 10**9), (-1, 3)):
+        odd = Counts(meta=counts.meta.replace(layer_ids=layer_ids), counts=counts.counts)
+        write_trace(odd, tmp_path / "odd.json")
+        assert np.array(json.loads((tmp_path / "odd.json").read_text())["logical_count"]).shape == (2, 2, 3)
+        assert read_trace(tmp_path / "odd.json").digest() == odd.digest()
+
+
+def test_several_files_appear_together(tmp_path: Path) -> None:
+    """Parts are written as each alone would be; where one cannot be, none appears."""
+    one, other = small_trace(), small_trace(phase=[1, 1])
+    write_traces([(one, tmp_path / "a.npz"), (other, tmp_path / "b.jsonl")])
+    for trace, name in ((one, "a.npz"), (other, "b.jsonl")):
+        write_trace(trace, tmp_path / f"alone-{name}")
+        assert (tmp_path / name).read_bytes() == (tmp_path / f"alone-{name}").read_bytes()
+    unnamed = small_trace(request=[0, 2], meta=small_trace().meta.replace(request_names=("x", "y")))
+    for bad, name in ((unnamed, "d.npz"), (other, "d.txt"), (other, "no/d.npz")):
+        with pytest.raises(OutputError):
+            write_traces([(one, tmp_path / "c.npz"), (bad, tmp_path / name)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "alone-a.npz", "alone-b.jsonl", "b.jsonl"]
 
 
 def test_names_that_no_reader_would_guess_are_written(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from moeplace.errors import MoeplaceError
 COMMANDS = {
     "solve": ("moeplace.cli.solve", "Choose where experts live, from a routing trace."),
     "score": ("moeplace.cli.score", "Judge placements on a trace: step-time tails, load, traffic."),
-    "stats": ("moeplace.cli.traces", "Show what a routing trace says."),
+    "stats": ("moeplace.cli.stats", "Show what a routing trace says."),
     "diff": ("moeplace.cli.score", "Compare two placements: what moves, and how much."),
-    "convert": ("moeplace.cli.traces", "Turn a trace into another native format, or a part of it."),
+    "convert": ("moeplace.cli.convert", "Turn a trace into another native format, or a part of it."),
     "synth": ("moeplace.cli.synth", "Make a synthetic trace in the shape of a model."),
     "list": ("moeplace.cli.info", "List solvers, topologies, models, accelerators or formats."),
     "doctor": ("moeplace.cli.info", "Show versions and what this machine can run."),

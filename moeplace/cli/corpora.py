@@ -30,7 +30,9 @@ def count_source(
 
     whole = parted(source)
     if whole is None:
-        return (*count_and_profile(source, threads=options["threads"]), ())
+        stats, profile = count_and_profile(source, threads=options["threads"])
+        # what was skipped is known once the trace has been walked
+        return stats.replace(meta=source.meta), profile, ()
     from moeplace.corpus import count_parts
 
     with _run(whole, options, "counting") as run:

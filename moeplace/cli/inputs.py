@@ -15,16 +15,26 @@ if TYPE_CHECKING:
 
 
 def open_source(
-    trace: str, options: dict[str, Any], *, split: str | None = None, part: str = "fit"
+    trace: str, options: dict[str, Any], *, split: str | None = None, part: str = "fit", walked_once: bool = False
 ) -> TraceStream | Counts:
-    """Open a trace and select the part and phase the options name; warnings go to standard error."""
+    """Open a trace and select the part and phase the options name.
+
+    A trace of many files is read into one place first, unless it will be ``walked_once`` and no split has to look at
+    all of it before.
+    """
+    from moeplace.cli.corpora import spool_source
     from moeplace.model import load_model
+    from moeplace.parts import parted
     from moeplace.readers import open_trace
     from moeplace.split import parse_split, select
 
     rule = parse_split(split) if split else None
     model = load_model(options["model"]) if options.get("model") else None
-    source = open_trace(trace, model=model, format=options.get("input_format"), skip_bad=options.get("skip_bad", 0))
+    source = open_trace(trace, model=model, format=options.get("input_format"), skip_bad=options.get("skip_bad"))
+    if options.get("cluster") and parted(source) is None:
+        raise click.UsageError("--cluster is for a folder or a plain archive of requests: this trace is read here")
+    if rule is not None or not walked_once:
+        source = spool_source(source, options)
     return select(source, split=rule, part="test" if part == "test" else "fit", phase=options.get("phase"))
 
 

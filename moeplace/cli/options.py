@@ -50,6 +50,25 @@ class Share(click.ParamType):  # type: ignore[type-arg] # generic since click 8.
         return share
 
 
+class Portion(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
+    """A number of things, written ``200``, or a share of them, written ``10%`` or ``0.1``."""
+
+    name = "n|share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        """Read a whole number as int, a share as float."""
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
+        text = str(value).strip().replace("_", "")
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text)
+        if match and text.isdigit() and int(text) >= 1:
+            return int(text)
+        share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+        if not 0 < share <= 1:
+            self.fail(f"{value!r} is neither a number of at least 1 nor a share: write 200 or 10%", param, ctx)
+        return share
+
+
 class Requirement(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
     """``optimal``, or the largest gap that will do."""
 
@@ -183,14 +202,28 @@ threads = option(
     type=Whole(1),
     default=lambda: os.cpu_count() or 1,
     show_default="all cores",
-    help="Threads; the result does not depend on them.",
+    help="Threads, or processes for many files; the result does not depend on them.",
 )
 
 
 def trace_input(command: Command) -> Command:
     """Add the trace argument and how it is read."""
     for decorate in (
-        option("--skip-bad", type=Whole(0), default=0, help="Skip up to this many bad rows, with a warning."),
+        option(
+            "--cluster",
+            metavar="ADDRESS",
+            help="Read a folder or archive of requests on a running Dask cluster: tcp://HOST:PORT or a scheduler file.",
+        ),
+        option(
+            "--work-dir",
+            type=click.Path(file_okay=False),
+            help="Where the progress on many files is kept; default: the cache folder.",
+        ),
+        option(
+            "--skip-bad",
+            type=Whole(0),
+            help="Skip up to this many bad rows, or files of a folder of requests; default: no row, any file.",
+        ),
         option(
             "--input-format", metavar="NAME", help="Format of the trace; default: by content (moeplace list formats)."
         ),

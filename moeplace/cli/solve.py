@@ -104,7 +104,7 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
     placement goes to -o, or to standard output when that is not a terminal (or with --json or --quiet); the log goes
     to standard error.
     """
-    from moeplace.build import assumptions, build_problem, describe
+    from moeplace.build import assumptions, build_problem, describe, trace_warnings
     from moeplace.exporters import load_exporter
     from moeplace.exporters.native import document_of
     from moeplace.files import atomic_output
@@ -126,13 +126,13 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
         log.stage("reading", trace)
         source = open_source(trace, options, split=fit)
         problem = build_problem(source, choices, threads=options["threads"])
-        said = assumptions(problem, choices)
+        said, noted = assumptions(problem, choices), trace_warnings(source, problem)
         if options["dry_run"]:
             check_cap(problem)
-            _show_plan(describe(problem), said, as_json=options["as_json"])
+            _show_plan(describe(problem), said, noted, as_json=options["as_json"])
             return 0
-        log.head(describe(problem), said)
-        warn(said, quiet=quiet or log.shown)
+        log.head(describe(problem), said, noted)
+        warn((*said, *noted), quiet=quiet or log.shown)
         limits = _limits(options)
         with _stop_on_interrupt(limits.stop):
             solution = solve(problem, options["solver"], limits, log)
@@ -150,16 +150,14 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
     return EXIT_INTERRUPTED if limits.stop.is_set() else 0
 
 
-def _show_plan(instance: Mapping[str, str], assumed: tuple[str, ...], *, as_json: bool) -> None:
-    from moeplace.report import console, say, write_json, write_lines
+def _show_plan(instance: Mapping[str, str], assumed: tuple[str, ...], noted: tuple[str, ...], *, as_json: bool) -> None:
+    from moeplace.report import console, write_json, write_plan
 
-    if as_json:
-        write_json({"schema": "moeplace/dry-run/1", "instance": dict(instance), "assumptions": list(assumed)})
+    if not as_json:
+        write_plan(instance, assumed, noted, console())
         return
-    out = console()
-    write_lines(instance, out)
-    for sentence in assumed:
-        say(f"assumed: {sentence}", out)
+    told = {"instance": dict(instance), "assumptions": list(assumed), "warnings": list(noted)}
+    write_json({"schema": "moeplace/dry-run/1", **told})
 
 
 def _limits(options: dict[str, Any]) -> Limits:

@@ -120,6 +120,12 @@ def _choices_per_token(choices: npt.NDArray[np.int64], tokens: npt.NDArray[Any])
 def _settle_layers(shape: Shape, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """Settle the layer ids and return the mask of layers to keep: recorders also give dense layers a row, of zeros."""
     everything = np.ones(counts.shape[1], bool)
+    if (ids := shape.declared.layer_ids) is not None and len(ids) < counts.shape[1]:
+        # the ids then say which rows are MoE layers, if the others are empty
+        named = np.isin(np.arange(counts.shape[1]), ids)
+        if named.sum() == len(ids) and not counts[:, ~named].any():
+            shape.set_layers(len(ids))
+            return named
     recorded = np.asarray(counts.any(axis=(0, 2)))
     as_model = shape.model is not None and counts.shape[1] == len(shape.model.moe_layer_ids)
     if shape.declared.layer_ids is not None or as_model or recorded.all() or not recorded.any():
