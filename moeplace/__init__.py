@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from moeplace.batches import BatchLaw as BatchLaw
     from moeplace.build import Choices as Choices
     from moeplace.build import build_problem as build_problem
+    from moeplace.corpus import count_parts as count_parts
+    from moeplace.engines import DaskCluster as DaskCluster
+    from moeplace.engines import Processes as Processes
+    from moeplace.engines import Run as Run
     from moeplace.errors import MoeplaceError as MoeplaceError
     from moeplace.exporters import read_placement as read_placement
     from moeplace.exporters import write as write
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from moeplace.hardware import load_accelerator as load_accelerator
     from moeplace.model import ModelSpec as ModelSpec
     from moeplace.model import load_model as load_model
+    from moeplace.parts import parted as parted
     from moeplace.placement import Placement as Placement
     from moeplace.problem import Problem as Problem
     from moeplace.readers import open_trace as open_trace
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
     from moeplace.solvers import solve as solve
     from moeplace.split import parse_split as parse_split
     from moeplace.split import select as select
+    from moeplace.spool import spooled as spooled
     from moeplace.subset import Subset as Subset
     from moeplace.subset import narrowed as narrowed
     from moeplace.topology import Topology as Topology
@@ -56,10 +62,13 @@ _HOMES = {
     "affinity": ("RoutingStats", "count_routing"),
     "batches": ("BatchLaw",),
     "build": ("Choices", "build_problem"),
+    "corpus": ("count_parts",),
+    "engines": ("DaskCluster", "Processes", "Run"),
     "errors": ("MoeplaceError",),
     "exporters": ("read_placement", "write"),
     "hardware": ("Accelerator", "load_accelerator"),
     "model": ("ModelSpec", "load_model"),
+    "parts": ("parted",),
     "placement": ("Placement",),
     "problem": ("Problem",),
     "readers": ("open_trace", "read_trace"),
@@ -69,6 +78,7 @@ _HOMES = {
     "solvers": ("list_solvers", "solve"),
     "split": ("parse_split", "select"),
     "subset": ("Subset", "narrowed"),
+    "spool": ("spooled",),
     "topology": ("Topology", "load_topology"),
     "trace": ("Counts", "Trace", "TraceMeta"),
     "writers": ("write_trace",),

@@ -19,7 +19,8 @@ from trace_cases import FakeModel, assert_same, error_of, give_stdin, read_token
 from moeplace.errors import InputError, Location, TraceError
 from moeplace.files import InputFolder, open_input, zstd_module
 from moeplace.readers import ReaderOptions, list_formats, open_trace, read_trace
-from moeplace.readers.steps_json import StepsStream, sniff
+from moeplace.readers.steps_json import open as open_steps
+from moeplace.readers.steps_json import open_folder, sniff
 from moeplace.trace import Trace, concatenate
 
 PROMPT = {"0": None, "1": [[3, 1], [0, 2]], "2": [[4, 0], [1, 3]]}
@@ -146,7 +147,7 @@ def test_what_was_written_is_read(found: Any, block_bytes: int, cache_bytes: int
         for i, (steps, _) in enumerate(found):
             Path(folder, f"{i}.json").write_text(json.dumps(steps))
         options = ReaderOptions(block_bytes=block_bytes, cache_bytes=cache_bytes)
-        stream = StepsStream(InputFolder(folder), options)
+        stream = open_folder(Path(folder), options)
         for _ in range(2):
             trace = concatenate(list(stream.blocks()), stream.meta)
             assert trace.meta.layer_ids == tuple(found[0][1][0])
@@ -268,5 +269,5 @@ def test_the_real_sample() -> None:
 def test_a_request_opens_from_a_compressed_file(tmp_path: Path) -> None:
     """A single gzip request reads as the plain one."""
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(REQUEST).encode()))
-    stream = StepsStream(open_input(tmp_path / "a.json.gz"), ReaderOptions())
+    stream = open_steps(open_input(tmp_path / "a.json.gz"), ReaderOptions())
     assert sum(block.num_tokens for block in stream.blocks()) == 4

@@ -135,8 +135,8 @@ class Bundle:
                     for member in self._checked(archive)
                     if member.isfile()
                 ]
-        documents = tuple(file for file in files if file.name.endswith(_ENDINGS))
-        return documents, tuple(file.name for file in files if not file.name.endswith(_ENDINGS))
+        documents = tuple(file for file in files if is_document(file.name))
+        return documents, tuple(file.name for file in files if not is_document(file.name))
 
     def _members(self, source: InputFile) -> Iterator[tuple[str, bytes | InputError]]:
         with self._opened(source, listing=False) as archive:
@@ -204,8 +204,13 @@ def _on_disk(folder: str, name: str) -> Document:
     return Document(name=name, size_bytes=status.st_size, changed_ns=status.st_mtime_ns)
 
 
+def is_document(name: str) -> bool:
+    """True for the name of a document."""
+    return name.endswith(_ENDINGS)
+
+
 def _is_document(member: tarfile.TarInfo) -> bool:
-    return member.isfile() and member.name.endswith(_ENDINGS)
+    return member.isfile() and is_document(member.name)
 
 
 def _beginning(data: bytes) -> bytes:

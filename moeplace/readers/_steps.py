@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -11,83 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplace.errors import Location, TraceError
-from moeplace.readers._common import IdLimit, top_k_problem
 from moeplace.readers._nested import collector_paused, ids_array, json_value, row_problem
-from moeplace.trace import first_bad_row
+from moeplace.readers._request import Request, at_step
 
 RULE = 'a request is a JSON list of steps, each {"<layer>": [[expert ids] per token] or null for a dense layer}'
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """Routed tokens of one request.
-
-    Attributes
-    ----------
-    layer_ids
-        Absolute ids of its MoE layers.
-    experts
-        ``[token, MoE layer, k]``, uint8 or uint16.
-    step_tokens
-        Tokens of each step: the prompt, then the decode steps.
-    """
-
-    layer_ids: tuple[int, ...]
-    experts: npt.NDArray[np.unsignedinteger[Any]]
-    step_tokens: tuple[int, ...]
-
-    @property
-    def steps(self) -> npt.NDArray[np.int32]:
-        """``[token]`` number of the step that a token was routed in."""
-        return np.repeat(np.arange(len(self.step_tokens), dtype=np.int32), self.step_tokens)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestShape:
-    """What all requests of a trace have in common.
-
-    Attributes
-    ----------
-    layer_ids
-        Absolute ids of the MoE layers, as the files number them.
-    top_k
-        Experts that a token chooses in a layer.
-    limit
-        The largest id there may be.
-    """
-
-    layer_ids: tuple[int, ...]
-    top_k: int
-    limit: IdLimit
-
-    def check(self, request: Request, file: str) -> None:
-        """Hold a request to the shape and its ids to their rules.
-
-        Raises
-        ------
-        TraceError
-            It is of another model, an id is out of range, or an expert stands twice in a top-k; says where.
-        """
-        rule, hint = "all requests are of one model", "keep the requests of each model in a folder of its own"
-        ours, theirs = self.layer_ids, request.layer_ids
-        if theirs != ours:
-            known = f"{len(ours)} layers {ours[0]}..{ours[-1]}"
-            what = f"{len(theirs)} layers {theirs[0]}..{theirs[-1]}, others have {known}"
-            raise TraceError(what, rule=rule, hint=hint, where=Location(file=file))
-        if request.experts.shape[2] != self.top_k:
-            what = f"top-{request.experts.shape[2]}, others have top-{self.top_k}"
-            raise TraceError(what, rule=rule, hint=hint, where=Location(file=file))
-        bad = first_bad_row(request.experts, self.limit.num_experts)
-        if bad is not None:
-            raise self._wrong(request, bad[0], file)
-
-    def _wrong(self, request: Request, at: Sequence[int], file: str) -> TraceError:
-        token, layer = at[:2]
-        step = int(request.steps[token])
-        element = f"layer {self.layer_ids[layer]}, token {token - sum(request.step_tokens[:step])}"
-        problem = top_k_problem(request.experts[token, layer].tolist(), self.limit)
-        _, what, rule, hint = problem or (0, "bad ids", "ids differ and exist", None)
-        return TraceError(what, rule=rule, hint=hint, where=_at(file, step, element))
 
 
 def parse_request(data: bytes, file: str) -> Request:
@@ -141,15 +67,15 @@ def _layers(steps: Any, file: str) -> list[tuple[str, int]]:
         raise TraceError(what, rule=RULE, where=where)
     first = steps[0]
     if not isinstance(first, dict):
-        raise TraceError(f"a {type(first).__name__} in place of a step", rule=RULE, where=_at(file, 0))
+        raise TraceError(f"a {type(first).__name__} in place of a step", rule=RULE, where=at_step(file, 0))
     odd = next((name for name in first if not (name.isascii() and name.isdecimal())), None)
     if odd is not None:
-        raise TraceError(f"layer {odd!r}", rule="layers are keyed by their number", where=_at(file, 0))
+        raise TraceError(f"layer {odd!r}", rule="layers are keyed by their number", where=at_step(file, 0))
     layers = sorted(((name, int(name)) for name, value in first.items() if value is not None), key=lambda item: item[1])
     if not layers:
         raise TraceError("every layer is null", rule="null marks dense layers; some layer has experts", where=where)
     if len({number for _, number in layers}) < len(layers):
-        raise TraceError("a layer stands twice", rule="layers are keyed by their number", where=_at(file, 0))
+        raise TraceError("a layer stands twice", rule="layers are keyed by their number", where=at_step(file, 0))
     return layers
 
 
@@ -164,11 +90,11 @@ def _first_problem(steps: Sequence[Any], layers: Sequence[tuple[str, int]], file
     top_k = len(rows[0]) if isinstance(rows, list) and rows and isinstance(rows[0], list) else None
     for number, step in enumerate(steps):
         if not isinstance(step, dict):
-            return TraceError(f"a {type(step).__name__} in place of a step", rule=RULE, where=_at(file, number))
+            return TraceError(f"a {type(step).__name__} in place of a step", rule=RULE, where=at_step(file, number))
         problem = _step_problem(step, steps[0], layers, top_k)
         if problem is not None:
             element, what, rule, hint = problem
-            return TraceError(what, rule=rule, hint=hint, where=_at(file, number, element))
+            return TraceError(what, rule=rule, hint=hint, where=at_step(file, number, element))
     return TraceError("no tokens in any step", rule="a request has at least one token", where=Location(file=file))
 
 
@@ -206,7 +132,3 @@ def _step_problem(
         odd = sorted(step.keys() ^ first.keys())
         return f"layer {odd[0]}", "the first step has other layers", "all steps have the same layers", None
     return None
-
-
-def _at(file: str, step: int, element: str = "") -> Location:
-    return Location(file=file, element=f"step {step}" + (f", {element}" if element else ""))

@@ -1,4 +1,4 @@
-"""Some requests of a folder or archive of per-request JSON, to be read wherever it suits."""
+"""Some requests of a folder or archive of one file per request, to be read wherever it suits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moeplace.parts import TOKENS_PER_FILE, BadFile, Chunk, PartTokens
 from moeplace.readers._bundle import Document, read_document
 from moeplace.readers._common import Columns, frozen_columns
 from moeplace.readers._nested import collector_paused
-from moeplace.readers._steps import Request, RequestShape, parse_request
+from moeplace.readers._request import Request, RequestParser, RequestShape
 from moeplace.trace import DECODE, PREFILL, Trace, TraceMeta, assembled, id_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepsFile:
+class RequestFile:
     """One request of a part.
 
     Attributes
@@ -43,11 +43,13 @@ class StepsFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepsPart:
+class RequestPart:
     """Requests of a folder or archive.
 
     Attributes
     ----------
+    parse
+        How a file is read.
     source
         The folder or archive.
     requests
@@ -58,8 +60,9 @@ class StepsPart:
         The whole trace's, without names; with too many experts where their number is not known yet.
     """
 
+    parse: RequestParser
     source: str
-    requests: tuple[StepsFile, ...]
+    requests: tuple[RequestFile, ...]
     shape: RequestShape
     meta: TraceMeta
 
@@ -82,7 +85,7 @@ class StepsPart:
         bad: list[BadFile] = []
         chunks: list[Chunk] = []
         for number, files in groupby(self.requests, key=lambda file: file.chunk):
-            read: list[tuple[StepsFile, Request]] = []
+            read: list[tuple[RequestFile, Request]] = []
             for file in files:
                 try:
                     read.append((file, self._request(file)))
@@ -92,15 +95,15 @@ class StepsPart:
                 chunks.append(self._chunk(number, read))
         return PartTokens(chunks=tuple(chunks), bad=tuple(bad))
 
-    def _request(self, file: StepsFile) -> Request:
+    def _request(self, file: RequestFile) -> Request:
         data = read_document(self.source, file.document)
         if isinstance(data, InputError):
             raise data
-        request = parse_request(data, file.shown)
+        request = self.parse(data, file.shown)
         self.shape.check(request, file.shown)
         return request
 
-    def _chunk(self, number: int, read: list[tuple[StepsFile, Request]]) -> Chunk:
+    def _chunk(self, number: int, read: list[tuple[RequestFile, Request]]) -> Chunk:
         columns = frozen_columns([request_columns(request, file.request, file.domain) for file, request in read])
         del columns["at_step"]
         experts = columns["experts"]
@@ -118,7 +121,7 @@ def request_columns(request: Request, number: int, domain: int | None) -> Column
     columns: Columns = {
         "experts": request.experts,
         "request": np.full(tokens, number, np.int64),
-        "position": np.arange(tokens, dtype=np.int64),
+        "position": np.arange(request.first_position, request.first_position + tokens, dtype=np.int64),
         "phase": np.where(steps == 0, PREFILL, DECODE).astype(np.uint8),
         "at_step": steps,
     }
