@@ -115,8 +115,8 @@ def test_every_wrong_place_is_named(tmp_path: Path, document: Any, element: str 
 def test_other_json_is_not_taken_for_router_data() -> None:
     """The keys decide: other objects, lists and rows are left to other readers."""
     assert sniff(json.dumps(request(ROWS)).encode(), "x") == 92
-    for other in ({"logical_count": [[1]]}, [{"1": [[1]]}], {"a": {"router_data": 1}}, {"full_text": "x"}):
-        assert sniff(json.dumps(other).encode(), "x") == 0 or "router_data" in json.dumps(other)
+    for other in ({"logical_count": [[1]]}, [{"1": [[1]]}], [{"router_data": []}], {"full_text": "x"}):
+        assert sniff(json.dumps(other).encode(), "x") == 0
 
 
 def test_the_real_request_is_that_of_the_published_trace() -> None:

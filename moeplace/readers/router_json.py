@@ -1,7 +1,7 @@
 """Per-request JSON with ``router_data``: the generated tokens of one request, each a dict of layers.
 
 The layout of GPT-OSS-MoE-ExpertFingerprinting: ``{"router_data": [{"token_146": {"layer_0": {"selected_experts": [31,
-21, 22, 6], "selected_probs": […]}, …}}, …], …}``. Requests come as single files, as folders and as tar archives of them.
+21, 22, 6], "selected_probs": […]}, …}}, …], …}``. Requests come as single files, folders or tar archives of them.
 """
 
 from __future__ import annotations
