@@ -14,7 +14,7 @@ from moeplace.writers import write_trace
 
 COUNT = """
 import sys, time
-from moeplace.affinity import count_routing
+from moeplace.profile import count_and_profile
 from moeplace.readers import open_trace
 from moeplace.counting import PairCounter
 import numpy as np
@@ -22,7 +22,7 @@ PairCounter(2, 4, compiled=True).add(np.zeros((1, 2, 1), np.uint8))
 rates = []
 for _ in range(3):
     started = time.perf_counter()
-    stats = count_routing(open_trace(sys.argv[1]), threads=2)
+    stats, _ = count_and_profile(open_trace(sys.argv[1]), threads=2)
     rates.append(stats.num_tokens / (time.perf_counter() - started))
 print(max(rates))
 """
@@ -41,7 +41,7 @@ def cases(seeds: int) -> list[Case]:
             write_trace(whole.replace(request=number // 512, position=number % 512), path)
             del whole
             _, memory[copies], printed = in_child(COUNT, str(path))
-            name = f"npz to statistics, 58×256 top-8, {copies * 20_000:,} tokens"
+            name = f"npz to full statistics, 58×256 top-8, {copies * 20_000:,} tokens"
             results.append(Case(name=name, value=float(printed), unit="tokens/s", target=100_000, at_least=True))
     results.append(Case(name="  peak memory, 200,000 tokens", value=memory[10], unit="MB", target=1500))
     results.append(Case(name="  peak memory, 800,000 tokens", value=memory[40], unit="MB", target=1500))

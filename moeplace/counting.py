@@ -99,18 +99,25 @@ def _count_layers_loop(
     by_layer: Any, load: Any, transition: Any, together: Any, first: int, last: int
 ) -> None:  # pragma: no cover - compiled
     num_layers, tokens, top_k = by_layer.shape
+    # counts of one layer and block in 32 bits stay in the processor's cache, those of all layers do not
+    pairs = np.zeros(together.shape[1:], np.uint32)
     for layer in range(first, last):
         for token in range(tokens):
             for i in range(top_k):
                 a = by_layer[layer, token, i]
                 load[layer, a] += 1
                 for j in range(i + 1, top_k):
-                    together[layer, a, by_layer[layer, token, j]] += 1
-            if layer + 1 < num_layers:
+                    pairs[a, by_layer[layer, token, j]] += 1
+        together[layer] += pairs
+        pairs[:] = 0
+        if layer + 1 < num_layers:
+            for token in range(tokens):
                 for i in range(top_k):
                     a = by_layer[layer, token, i]
                     for j in range(top_k):
-                        transition[layer, a, by_layer[layer + 1, token, j]] += 1
+                        pairs[a, by_layer[layer + 1, token, j]] += 1
+            transition[layer] += pairs
+            pairs[:] = 0
 
 
 def count_visits(
