@@ -10,9 +10,9 @@ import numpy as np
 
 from moeplace.compute import ExpertCompute
 from moeplace.frozen import Floats
-from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Traffic, check_costed, exchange, latency_us
+from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Traffic, exchange
 from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, LOAD, Problem
-from moeplace.topology import CUSTOM
+from moeplace.topology import CUSTOM, num_links_per_gpu
 
 
 def load_floor(problem: Problem) -> Floats:
@@ -77,10 +77,9 @@ def step_time_bound(problem: Problem) -> float:
 
     Compute: the busiest GPU does at least the mean of all, and at least the cheapest possible hottest copy. Splitting
     an expert never lowers the total: ``r·(1-e^{-n/r})`` and ``r·E⌈n/(rτ)⌉`` grow with ``r``. Communication: the
-    busiest receiver receives at least the mean, and at least the hottest copy; normal kernels are bounded by their
-    latency.
+    busiest receiver receives at least the mean, and at least the hottest copy, over all of its links together; normal
+    kernels are bounded by their latency.
     """
-    check_costed(problem.topology)
     compute = ExpertCompute.of(problem.model, problem.topology.accelerator, problem.law.phase)
     tokens = problem.law.step_tokens
     rows = problem.stats.selections_per_token * tokens
@@ -98,22 +97,25 @@ def step_time_bound(problem: Problem) -> float:
 
 
 def _communication_bound(problem: Problem, received: Floats) -> float:
-    model, topology = problem.model, problem.topology
-    if problem.dataflow == CONTEXT_COHERENT:
-        return latency_us(topology, LOW_LATENCY) * (problem.num_layers - 1)
+    model, topology, gpus = problem.model, problem.topology, problem.num_gpus
     # counts are timed as one copy per selection in either phase
     kernel = KERNEL_OF_PHASE[problem.law.phase] if problem.stats.has_tokens else LOW_LATENCY
+    nothing = Traffic(copies=np.zeros((gpus, gpus)), node_copies=np.zeros((gpus, topology.num_nodes)))
+    if problem.dataflow == CONTEXT_COHERENT:
+        fixed = exchange(topology, nothing, kernel=LOW_LATENCY, bytes_per_copy=0).latency_us
+        return fixed * (problem.num_layers - 1)
+    fixed = exchange(topology, nothing, kernel=kernel, bytes_per_copy=0).latency_us
     if kernel != LOW_LATENCY or problem.stats.source_load is not None or topology.kind == CUSTOM:
-        return 2 * latency_us(topology, kernel) * problem.num_layers
+        return 2 * fixed * problem.num_layers
+    both = float(model.bytes_per_copy_dispatch + model.bytes_per_copy_combine)
+    if topology.is_direct:
+        # homes are even: what a GPU receives from others comes over its links, and the busiest carries a full share
+        links = max(1, num_links_per_gpu(topology.kind, topology.dims))
+        busy = received.sum() * (1 - 1 / gpus) / links * both * 1e-3 / topology.link_gb_per_s
+        return float(busy) + 2 * fixed * problem.num_layers
     # homes are even, so one GPU that receives this much from all others bounds the busiest port
-    gpus = problem.num_gpus
     copies = np.zeros((len(received), gpus, gpus))
     copies[:, :, 0] = received[:, None] / gpus
-    total = 0.0
-    for bytes_per_copy in (model.bytes_per_copy_dispatch, model.bytes_per_copy_combine):
-        times = exchange(topology, Traffic(copies=copies), kernel=LOW_LATENCY, bytes_per_copy=bytes_per_copy)
-        inward = [value for name, value in times.port_us.items() if name.endswith("in")]
-        total += float(np.max([value.max(axis=-1) for value in inward], axis=0).sum()) + times.latency_us * len(
-            received
-        )
-    return total
+    times = exchange(topology, Traffic(copies=copies), kernel=LOW_LATENCY, bytes_per_copy=both)
+    inward = [value.max(axis=-1) for name, value in times.link_us.items() if name.endswith("in")]
+    return float(np.max(inward, axis=0).sum()) + 2 * fixed * problem.num_layers

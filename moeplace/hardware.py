@@ -42,8 +42,9 @@ class Accelerator:
     scale_up_efficiency, nic_efficiency, hbm_efficiency, gemm_efficiency
         Reached share of each nominal rate, in (0, 1].
     scale_up_latency_us, nic_latency_us
-        Fixed time of one low-latency dispatch or combine, inside a domain and over the NIC [µs]; on a torus
-        ``scale_up_latency_us`` is the time of one hop.
+        Fixed time of one low-latency dispatch or combine, inside a domain and over the NIC [µs].
+    hop_latency_us
+        Time of each link of the way where GPUs are joined without switches [µs].
     normal_latency_us
         The same for normal (throughput) kernels, their notification included [µs].
     price_usd_per_hour, price_note
@@ -71,6 +72,7 @@ class Accelerator:
     scale_up_latency_us: float
     nic_latency_us: float
     normal_latency_us: float = 55.0
+    hop_latency_us: float = 1.0
     price_usd_per_hour: float | None = None
     price_note: str = ""
 

@@ -25,7 +25,7 @@ from moeplace.frozen import Floats
 from moeplace.metrics import cross_shares, max_over_mean, token_metrics, traffic_metrics
 from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, NORMAL, Exchange, Traffic, exchange
 from moeplace.placement import Placement
-from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, LOAD, STEP_TIME, Problem
+from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, DISPATCH_COMBINE, LOAD, STEP_TIME, Problem
 from moeplace.routing import ReplicaTable
 from moeplace.traffic import dispatch_traffic
 
@@ -76,12 +76,10 @@ def objective_value(problem: Problem, placement: Placement) -> float:
 def terms(problem: Problem, placement: Placement) -> Mapping[str, Term]:
     """Every part of the cost that the trace and topology support, in µs and in natural units."""
     result: dict[str, Term] = {}
-    try:
+    if problem.dataflow == DISPATCH_COMBINE or problem.stats.transition is not None:
         times = mean_step_times(problem, placement)
         for name, values in (("compute", times.compute), ("dispatch", times.dispatch), ("combine", times.combine)):
             result[f"{name}_us"] = Term(value=float(values.sum()), unit="µs")
-    except TopologyError:
-        pass  # direct networks are described but not timed yet
     ratio = max_over_mean(placement, problem.stats.load)
     result["load_max_over_mean_mean"] = Term(value=float(ratio.mean()), unit="max/mean")
     result["load_max_over_mean_worst"] = Term(value=float(ratio.max()), unit="max/mean")

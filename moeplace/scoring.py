@@ -80,7 +80,7 @@ class Score:
             ],
             "link_utilisation": [
                 {"link": name, "mean": _round(busy.mean()), "max": _round(busy.max()), "gpu": int(busy.argmax())}
-                for name, busy in run.ports.items()
+                for name, busy in run.links.items()
             ],
             "bottlenecks": [{"link": name, "share": _round(share)} for name, share in run.bottlenecks[:10]],
         }

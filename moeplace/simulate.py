@@ -77,10 +77,10 @@ class Simulation:
         mean, p50, p95, p99, cvar95, each with an interval.
     layers
         Means per layer.
-    ports
-        Per port kind, ``[GPU]`` busy share of communication time.
+    links
+        Kind of link → ``[GPU]`` (``[leaf]`` for spine links) busy share of communication time.
     bottlenecks
-        How often each named port was the busiest, as a share of all exchanges.
+        How often each named link was the busiest, as a share of all exchanges.
     noise_floor
         max/mean load of perfect long-run balance in steps of this size.
     """
@@ -88,7 +88,7 @@ class Simulation:
     step_us: Floats
     summary: Mapping[str, Estimate]
     layers: tuple[LayerRow, ...]
-    ports: Mapping[str, Floats]
+    links: Mapping[str, Floats]
     bottlenecks: tuple[tuple[str, float], ...]
     noise_floor: float
 
@@ -148,29 +148,27 @@ class _Tally:
         self._bottlenecks: Counter[str] = Counter()
 
     def exchange(self, traffic: Traffic, kernel: str, bytes_per_copy: float, *, returning: bool = False) -> Floats:
-        """``[batch]`` time of one direction, its ports and bottleneck noted."""
+        """``[batch]`` time of one direction, its links and bottleneck noted."""
         timed = exchange(self._topology, traffic, kernel=kernel, bytes_per_copy=bytes_per_copy, returning=returning)
-        for name, busy in timed.port_us.items():
+        for name, busy in timed.link_us.items():
             self._busy_us[name] = self._busy_us.get(name, 0.0) + busy.sum(axis=0)
         self._exchange_us += float(timed.time_us.sum())
         self._note_bottlenecks(timed)
         return timed.time_us
 
     def dispatch_and_combine(self, traffic: Traffic, kernel: str) -> tuple[Floats, Floats]:
-        """Times of a dispatch and of the combine that returns over the same ports."""
+        """Times of a dispatch and of the combine that returns over the same links."""
         return (
             self.exchange(traffic, kernel, self._model.bytes_per_copy_dispatch),
             self.exchange(traffic, kernel, self._model.bytes_per_copy_combine, returning=True),
         )
 
     def _note_bottlenecks(self, timed: Exchange) -> None:
-        gpus = self._topology.num_gpus
-        names, kind, gpu = timed.bottleneck()
+        names, busiest = timed.bottleneck()
         idle = timed.time_us <= timed.latency_us
-        places, counts = np.unique(np.where(idle, -1, kind * gpus + gpu), return_counts=True)
-        for place, count in zip(places.tolist(), counts.tolist(), strict=True):
-            named = "latency" if place < 0 else f"{names[place // gpus]} of GPU {place % gpus}"
-            self._bottlenecks[named] += count
+        links, counts = np.unique(np.where(idle, -1, busiest), return_counts=True)
+        for link, count in zip(links.tolist(), counts.tolist(), strict=True):
+            self._bottlenecks["latency" if link < 0 else names[link]] += count
 
     def add_layer(self, layer_id: int, load: Floats, times: tuple[Floats, Floats, Floats]) -> None:
         """Add a layer: ``load`` [batch, GPU] rows, and its compute, dispatch and combine times [batch]."""
@@ -197,7 +195,7 @@ class _Tally:
             step_us=self.step_us,
             summary=summarise(self.step_us),
             layers=tuple(self._layers),
-            ports={name: busy / max(self._exchange_us, 1e-12) for name, busy in self._busy_us.items()},
+            links={name: busy / max(self._exchange_us, 1e-12) for name, busy in self._busy_us.items()},
             bottlenecks=tuple((name, count / total) for name, count in ranked),
             noise_floor=noise_floor(self._topology.num_gpus, selections),
         )

@@ -1,8 +1,9 @@
 """Topologies: which GPUs there are, how they are joined, and how fast each pair can talk.
 
 A topology is written ``KIND:DIMS`` (``scale-up:8``, ``scale-out:2x8``, ``torus:4x4x4``, ``full-mesh:4x4x4``,
-``mesh:8x8``), as the name of a preset, or as a TOML file. GPUs are numbered node by node (scale-out) or in row-major
-order of their coordinates (direct networks); ``coordinates`` says otherwise where the rank map is a choice.
+``mesh:8x8``), as the name of a preset, or as a TOML file; ``torus:4x4x4:valiant`` also names how a direct network moves
+an all-to-all. GPUs are numbered node by node (scale-out) or in row-major order of their coordinates (direct networks);
+``coordinates`` says otherwise where the rank map is a choice.
 """
 
 from __future__ import annotations
@@ -23,11 +24,22 @@ from moeplace.frozen import digest, frozen_array, replaced, seal
 from moeplace.hardware import Accelerator, load_accelerator
 
 SCALE_UP, SCALE_OUT, TORUS, FULL_MESH, MESH, CUSTOM = "scale-up", "scale-out", "torus", "full-mesh", "mesh", "custom"
+DIRECT = (TORUS, FULL_MESH, MESH)
 KINDS = (SCALE_UP, SCALE_OUT, TORUS, FULL_MESH, MESH, CUSTOM)
 DIMENSIONS = {SCALE_UP: (1, 1), SCALE_OUT: (2, 2), TORUS: (1, 3), FULL_MESH: (1, 4), MESH: (2, 2), CUSTOM: (1, 2)}
 EXAMPLES = "scale-up:8, scale-out:2x8, torus:4x4x4, full-mesh:4x4x4, mesh:8x8"
 DEFAULT_ACCELERATOR = "h100"
-NUMBERS = ("local_gb_per_s", "nic_gb_per_s", "link_gb_per_s", "low_latency_us", "normal_latency_us")
+SCHEDULED, ONE_SHOT, ADAPTIVE, VALIANT = "scheduled", "one-shot", "adaptive", "valiant"
+ALL_TO_ALLS = (SCHEDULED, ONE_SHOT, ADAPTIVE, VALIANT)
+USUAL_ALL_TO_ALL = {TORUS: SCHEDULED, FULL_MESH: SCHEDULED, MESH: ONE_SHOT}
+SPEEDS = ("local_gb_per_s", "nic_gb_per_s", "link_gb_per_s")
+LATENCIES = ("low_latency_us", "normal_latency_us", "hop_latency_us")
+ARRAYS = {  # what a TOML file says in lists
+    "pair_gb_per_s": "rows of numbers, one per GPU",
+    "coordinates": "a list of integers",
+    "gpu_speed": "a list of numbers, one per GPU",
+}
+NUMBERS = (*SPEEDS, *LATENCIES, "spine_oversubscription")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +60,18 @@ class Topology:
         Usable bandwidth of one link and direction of a direct network; 0 for switched ones.
     low_latency_us, normal_latency_us
         Fixed time of one all-to-all with low-latency and with normal (two-level) kernels.
+    hop_latency_us
+        Time of each link of the way on a direct network, beside the fixed time.
+    all_to_all
+        How a direct network moves an all-to-all, one of :data:`ALL_TO_ALLS` (see :mod:`moeplace.network.direct`); empty
+        for switched ones.
+    spine_oversubscription
+        Scale-out only: what a leaf's NICs can send together over what its links to the spine carry; 1 never limits.
+    nodes_per_leaf
+        Scale-out only: nodes whose GPUs of one rail (the same number in their nodes) share a leaf switch; 0 is all of
+        them. Traffic between two leaves passes the spine.
+    gpu_speed
+        ``[GPU]`` how fast each computes, as a multiple of ``accelerator``; None means all alike.
     pair_gb_per_s
         ``[GPU, GPU]`` bandwidths of a custom topology.
     coordinates
@@ -68,6 +92,11 @@ class Topology:
     link_gb_per_s: float = 0.0
     low_latency_us: float = 0.0
     normal_latency_us: float = 0.0
+    hop_latency_us: float = 0.0
+    all_to_all: str = ""
+    spine_oversubscription: float = 1.0
+    nodes_per_leaf: int = 0
+    gpu_speed: npt.NDArray[np.float64] | None = None
     pair_gb_per_s: npt.NDArray[np.float64] | None = None
     coordinates: npt.NDArray[np.int64] | None = None
 
@@ -76,21 +105,51 @@ class Topology:
         for name in NUMBERS:
             seal(self, **{name: float(getattr(self, name))})
         check_dims(self.kind, self.dims, where=self.name)
-        direct = self.kind in (TORUS, FULL_MESH, MESH)
         speeds = (
-            [self.link_gb_per_s] if direct else [self.local_gb_per_s, *([self.nic_gb_per_s] * (self.num_nodes > 1))]
+            [self.link_gb_per_s]
+            if self.is_direct
+            else [self.local_gb_per_s, *([self.nic_gb_per_s] * (self.num_nodes > 1))]
         )
         if self.num_gpus > 1 and not all(math.isfinite(x) and x > 0 for x in speeds):
             raise TopologyError(f"bandwidth {min(speeds)} GB/s", rule="bandwidths are positive", where=self.name)
-        for latency in (self.low_latency_us, self.normal_latency_us):
+        for latency in (getattr(self, name) for name in LATENCIES):
             if not (math.isfinite(latency) and latency >= 0):
                 raise TopologyError(f"latency {latency} µs", rule="latencies are at least 0 µs", where=self.name)
+        self._check_all_to_all()
+        self._check_spine()
+        self._seal_speed()
         if self.kind == CUSTOM:
             self._seal_pairs()
         if self.coordinates is not None:
             seal(self, coordinates=frozen_array(self.coordinates, np.int64))
             if not np.array_equal(np.sort(self.coordinates), np.arange(self.num_gpus)):
                 raise TopologyError("coordinates repeat or miss a position", rule="a permutation of the GPUs")
+
+    def _check_all_to_all(self) -> None:
+        chosen = self.all_to_all or USUAL_ALL_TO_ALL.get(self.kind, "")
+        if self.is_direct and chosen not in ALL_TO_ALLS:
+            raise unknown_name("all-to-all", chosen, ALL_TO_ALLS, where=self.name)
+        if not self.is_direct and chosen:
+            rule = f"only {', '.join(DIRECT)} have a choice of all-to-all"
+            raise TopologyError(f"all_to_all {chosen!r} of a {self.kind} topology", rule=rule, where=self.name)
+        seal(self, all_to_all=chosen)
+
+    def _check_spine(self) -> None:
+        spine, nodes = self.spine_oversubscription, self.nodes_per_leaf
+        if not (math.isfinite(spine) and spine >= 1):
+            raise TopologyError(f"spine_oversubscription {spine:g}", rule="at least 1", where=self.name)
+        if nodes < 0 or (nodes and self.num_nodes % nodes):
+            rule = f"a number that divides the {self.num_nodes} nodes, or 0 for all"
+            raise TopologyError(f"nodes_per_leaf {nodes}", rule=rule, where=self.name)
+
+    def _seal_speed(self) -> None:
+        if self.gpu_speed is None:
+            return
+        speed = np.asarray(self.gpu_speed, np.float64)
+        if speed.shape != (self.num_gpus,) or not (np.isfinite(speed) & (speed > 0)).all():
+            rule = f"one positive number for each of the {self.num_gpus} GPUs"
+            raise TopologyError(f"gpu_speed of shape {speed.shape}", rule=rule, where=self.name)
+        seal(self, gpu_speed=frozen_array(speed, np.float64))
 
     def _seal_pairs(self) -> None:
         pairs = np.asarray(self.pair_gb_per_s, dtype=np.float64)
@@ -111,6 +170,11 @@ class Topology:
         return math.prod(self.dims)
 
     @property
+    def is_direct(self) -> bool:
+        """Whether GPUs are joined by links of their own, without switches."""
+        return self.kind in DIRECT
+
+    @property
     def num_nodes(self) -> int:
         """Number of nodes: switched domains joined by NICs; 1 unless scale-out (or custom with two dims)."""
         return self.dims[0] if self.kind == SCALE_OUT or (self.kind == CUSTOM and len(self.dims) == 2) else 1
@@ -124,6 +188,11 @@ class Topology:
         """``[GPU]`` index of the node each GPU sits in."""
         return np.arange(self.num_gpus) // self.gpus_per_node
 
+    def leaf_of_gpu(self) -> npt.NDArray[np.int64]:
+        """``[GPU]`` leaf switch of each GPU's NIC: one for each rail of :attr:`nodes_per_leaf` nodes."""
+        node, rail = np.divmod(np.arange(self.num_gpus), self.gpus_per_node)
+        return node // (self.nodes_per_leaf or self.num_nodes) * self.gpus_per_node + rail
+
     def pair_bandwidth_gb_per_s(self) -> npt.NDArray[np.float64]:
         """``[GPU, GPU]`` bandwidth one pair sees when it talks alone; infinite on the diagonal.
 
@@ -131,7 +200,7 @@ class Topology:
         that holds every link of its path.
         """
         gpus = self.num_gpus
-        if self.kind in (TORUS, FULL_MESH, MESH):
+        if self.is_direct:
             with np.errstate(divide="ignore"):
                 return self.link_gb_per_s / self.hops().astype(np.float64)
         if self.pair_gb_per_s is not None:
@@ -145,7 +214,7 @@ class Topology:
     def hops(self) -> npt.NDArray[np.int64]:
         """``[GPU, GPU]`` number of links on a shortest path: 0 to itself; switches count as one link per level."""
         gpus = self.num_gpus
-        if self.kind not in (TORUS, FULL_MESH, MESH):
+        if not self.is_direct:
             node = self.node_of_gpu()
             return np.where(node[:, None] == node[None, :], 1, 2) - np.eye(gpus, dtype=np.int64)
         position = np.arange(gpus) if self.coordinates is None else self.coordinates
@@ -218,7 +287,8 @@ def build_topology(
         "low_latency_us": accelerator.nic_latency_us if across else accelerator.scale_up_latency_us,
         "normal_latency_us": accelerator.normal_latency_us,
     }
-    if kind in (TORUS, FULL_MESH, MESH):
+    if kind in DIRECT:
+        values["hop_latency_us"] = accelerator.hop_latency_us
         values["link_gb_per_s"] = per_gpu / max(1, num_links_per_gpu(kind, dims))
     return Topology(name=label, kind=kind, dims=dims, accelerator=accelerator, **(values | overrides))
 
@@ -241,8 +311,9 @@ def load_topology(spec: str, *, accelerator: str | None = None) -> Topology:
     if spec.endswith(".toml") or Path(spec).is_file():
         return _from_file(Path(spec), accelerator)
     if ":" in spec:
-        kind, _, text = spec.partition(":")
-        return build_topology(kind, _parse_dims(text, spec), load_accelerator(accelerator or DEFAULT_ACCELERATOR))
+        kind, text, *more = spec.split(":", 2)
+        topology = build_topology(kind, _parse_dims(text, spec), load_accelerator(accelerator or DEFAULT_ACCELERATOR))
+        return topology.replace(name=f"{topology.name}:{more[0]}", all_to_all=more[0]) if more else topology
     names = list_topologies()
     if spec in KINDS:
         raise TopologyError(f"topology {spec!r} has no dimensions", rule="KIND:DIMS", hint=f"for example {EXAMPLES}")
@@ -281,7 +352,7 @@ def _from_file(path: Path, accelerator: str | None) -> Topology:
 
 def _from_table(table: Mapping[str, Any], name: str, where: str, accelerator: str | None) -> Topology:
     fields = dict(table)
-    known = {"name", "kind", "dims", "accelerator", "description", "pair_gb_per_s", "coordinates", *NUMBERS}
+    known = {"name", "kind", "dims", "accelerator", "description", "all_to_all", "nodes_per_leaf", *ARRAYS, *NUMBERS}
     for key in fields:
         if key not in known:
             raise unknown_name("topology key", key, sorted(known), where=where)
@@ -301,8 +372,13 @@ def _from_table(table: Mapping[str, Any], name: str, where: str, accelerator: st
             fields[key] = fields[key].get("value")
         if isinstance(fields[key], bool) or not isinstance(fields[key], int | float):
             raise TopologyError(f"{key} = {fields[key]!r}", rule="a number", where=where)
-    for key, rule in (("pair_gb_per_s", "rows of numbers, one per GPU"), ("coordinates", "a list of integers")):
+    for key, rule in ARRAYS.items():
         fields |= {key: _array(fields[key], key, rule, where)} if key in fields else {}
+    for key, kind_of in (("all_to_all", str), ("nodes_per_leaf", int)):
+        if key in fields and type(fields[key]) is not kind_of:
+            raise TopologyError(
+                f"{key} = {fields[key]!r}", rule="a text" if kind_of is str else "a whole number", where=where
+            )
     label = str(fields.pop("name", name))
     return build_topology(kind, tuple(dims), load_accelerator(chosen), name=label, **fields)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from strategies import every_placement, make_problem, make_trace, random_placeme
 
 from moeplace.affinity import count_routing
 from moeplace.bounds import hottest_copy, load_floor, objective_bound, step_time_bound
-from moeplace.errors import TopologyError
 from moeplace.metrics import max_over_mean
 from moeplace.objective import objective_value
 from moeplace.problem import OBJECTIVES, Problem
@@ -157,12 +155,17 @@ def test_bounds_are_not_empty() -> None:
     assert step_time_bound(problem) == pytest.approx(optimum(problem), rel=0.01)
 
 
-def test_direct_networks_have_no_bound_yet(toy_problem: Problem) -> None:
-    """A network without a time model has no bound on time, only on load and copies."""
-    direct: Any = toy_problem.replace(topology=load_topology("torus:2"), objective="load")
-    assert objective_bound(direct) is not None
-    with pytest.raises(TopologyError):
-        step_time_bound(direct.replace(objective="step-time"))
+@pytest.mark.parametrize("spec", ["torus:3", "torus:3:one-shot", "full-mesh:3", "mesh:3x1", "torus:3:valiant"])
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_direct_networks_are_bounded_too(spec: str, phase: str) -> None:
+    """On tori and meshes no placement beats the bound, which holds more than latencies where links are slow."""
+    trace = make_trace(1, tokens=30, layers=1, experts=5, top_k=2)
+    slow = load_topology(spec).replace(link_gb_per_s=0.5)
+    problem = make_problem(trace, slow, slots_per_gpu=[2, 2, 2], phase=phase)
+    bound, best = step_time_bound(problem), optimum(problem)
+    assert bound <= best * (1 + 1e-9)
+    free = step_time_bound(problem.replace(topology=slow.replace(link_gb_per_s=1e9)))
+    assert (bound > free * 1.05) == (phase == "decode")
 
 
 @pytest.mark.parametrize(

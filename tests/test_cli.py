@@ -153,12 +153,14 @@ def test_baseline_counts_moves_in_the_file_and_in_the_log(shell: Shell) -> None:
     shell.fails("solve t.npz --baseline old.json --num-gpus 4 -o x.json", "the baseline placement has", "8 GPUs")
 
 
-@pytest.mark.parametrize("objective", ["load", "copies", "cross"])
-def test_direct_networks_take_every_objective_but_step_time(shell: Shell, objective: str) -> None:
-    """A torus can be optimised for load and traffic; step time says that it has no model there yet."""
-    document = shell(f"solve t.npz -q -t torus:2x2x2 --objective {objective}").json
+@pytest.mark.parametrize("objective", ["step-time", "load", "copies", "cross"])
+def test_direct_networks_take_every_objective(shell: Shell, objective: str) -> None:
+    """A torus is optimised for time, load and traffic, and scored with its links by name."""
+    document = shell(f"solve t.npz -q -t torus:2x2x2 --objective {objective} -o p.json --json").json
     assert document["objective"]["name"] == objective
-    shell.fails("solve t.npz -t torus:2x2x2", "no time model yet", "--objective load")
+    scored = shell("score t.npz p.json --phase decode -t torus:2x2x2 -t torus:2x2x2:valiant --json").json["scores"]
+    assert {entry["link"] for entry in scored[0]["link_utilisation"]} == {f"link {s}{d}" for s in "+-" for d in "xyz"}
+    assert [entry["topology"] for entry in scored] == ["torus:2x2x2", "torus:2x2x2:valiant"]
 
 
 def test_counts_can_be_balanced_and_nothing_else(shell: Shell) -> None:

@@ -15,8 +15,8 @@ from strategies import slow_topology
 from moeplace.errors import TopologyError
 from moeplace.hardware import load_accelerator
 from moeplace.model import load_model
-from moeplace.network import LOW_LATENCY, NORMAL, Traffic, check_costed, exchange, latency_us
-from moeplace.topology import Topology, build_topology, load_topology
+from moeplace.network import LOW_LATENCY, NORMAL, Traffic, exchange, latency_us
+from moeplace.topology import Topology, build_topology
 
 # DeepEP README, H800: ranks → dispatch and combine of 128 tokens, top-8, hidden 7168 [µs]
 DEEPEP_US = {8: (77, 114), 16: (118, 195), 32: (155, 273), 64: (173, 314), 128: (192, 369), 256: (194, 360)}
@@ -80,7 +80,7 @@ def test_low_latency_by_hand() -> None:
     """2×2, selections counted by hand: NIC ports carry what leaves the node, scale-up ports what stays in it."""
     copies = _sends(4, (0, 1, 4), (0, 2, 1), (0, 3, 2), (1, 0, 1), (2, 0, 2), (3, 0, 3), (3, 3, 9))
     timed = exchange(slow_topology("scale-out:2x2"), Traffic(copies=copies), kernel=LOW_LATENCY, bytes_per_copy=BYTES)
-    ports = {name: values.tolist() for name, values in timed.port_us.items()}
+    ports = {name: values.tolist() for name, values in timed.link_us.items()}
     assert ports == {
         "NIC out": [3.0, 0.0, 2.0, 3.0],
         "NIC in": [5.0, 0.0, 1.0, 2.0],
@@ -88,8 +88,8 @@ def test_low_latency_by_hand() -> None:
         "scale-up in": [0.25, 1.0, 0.0, 0.0],
     }
     assert float(timed.time_us) == 2.0 + 5.0
-    names, kind, gpu = timed.bottleneck()
-    assert (names[int(kind)], int(gpu)) == ("NIC in", 0)
+    names, busiest = timed.bottleneck()
+    assert names[int(busiest)] == "NIC in of GPU 0"
 
 
 def test_normal_by_hand() -> None:
@@ -106,7 +106,7 @@ def test_normal_by_hand() -> None:
         kernel=NORMAL,
         bytes_per_copy=BYTES,
     )
-    ports = {name: values.tolist() for name, values in timed.port_us.items()}
+    ports = {name: values.tolist() for name, values in timed.link_us.items()}
     assert ports == {
         "NIC out": [0.0, 1.0, 0.0, 0.0],
         "NIC in": [0.0, 0.0, 0.0, 1.0],
@@ -124,7 +124,7 @@ def test_what_is_sent_is_received(seed: int, spec: str) -> None:
     assert traffic.node_copies is not None
     node = topology.node_of_gpu()
     for kernel in (LOW_LATENCY, NORMAL):
-        ports = exchange(topology, traffic, kernel=kernel, bytes_per_copy=BYTES).port_us
+        ports = exchange(topology, traffic, kernel=kernel, bytes_per_copy=BYTES).link_us
         for name in {name.rsplit(" ", 1)[0] for name in ports}:
             assert ports[f"{name} out"].sum() == pytest.approx(ports[f"{name} in"].sum())
         if "NIC out" in ports:
@@ -147,12 +147,12 @@ def test_the_way_back_is_the_transpose(seed: int, spec: str) -> None:
         other = exchange(place, transposed, kernel=LOW_LATENCY, bytes_per_copy=BYTES)
         assert float(back.time_us) == pytest.approx(float(other.time_us))
         if place is topology:
-            assert {n: v.tolist() for n, v in back.port_us.items()} == {n: v.tolist() for n, v in other.port_us.items()}
+            assert {n: v.tolist() for n, v in back.link_us.items()} == {n: v.tolist() for n, v in other.link_us.items()}
     out, back = (
         exchange(topology, traffic, kernel=NORMAL, bytes_per_copy=BYTES, returning=way) for way in (False, True)
     )
     assert out.time_us == back.time_us
-    assert np.array_equal(out.port_us["scale-up in"], back.port_us["scale-up out"])
+    assert np.array_equal(out.link_us["scale-up in"], back.link_us["scale-up out"])
 
 
 @given(st.integers(0, 10**6))
@@ -188,6 +188,53 @@ def test_more_bandwidth_is_never_slower(seed: int, field: str, factor: float) ->
         assert _time(topology, more, kernel) >= _time(topology, traffic, kernel)
 
 
+def test_an_oversubscribed_spine_by_hand() -> None:
+    """Copies between rails cross the spine, whose links carry half of what a leaf's NICs can send; rails alone do not.
+
+    2×2 with one leaf per rail: GPU 0 sends 3 copies to GPU 3 (other rail) and 5 to GPU 2 (its own); each leaf has two
+    NICs of 1 GB/s and, oversubscribed 4 times, half a GB/s into the spine.
+    """
+    copies = _sends(4, (0, 3, 3), (0, 2, 5), (0, 1, 9))
+    topology = slow_topology("scale-out:2x2", spine_oversubscription=4)
+    timed = exchange(topology, Traffic(copies=copies), kernel=LOW_LATENCY, bytes_per_copy=BYTES)
+    assert timed.link_us["spine out"].tolist() == [6.0, 0.0]
+    assert timed.link_us["spine in"].tolist() == [0.0, 6.0]
+    assert float(timed.time_us) == 2.0 + 8.0
+    slower = exchange(
+        topology.replace(spine_oversubscription=8), Traffic(copies=copies), kernel=LOW_LATENCY, bytes_per_copy=BYTES
+    )
+    assert float(slower.time_us) == 2.0 + 12.0
+    names, busiest = slower.bottleneck()
+    assert names[int(busiest)] == "spine out of leaf 0"
+
+
+def test_normal_kernels_cross_the_spine_between_leaves_only() -> None:
+    """Two-level kernels stay on their rail: they meet the spine only where the nodes have different leaf switches."""
+    copies = _sends(4, (0, 3, 3))
+    node_copies = np.array([[0, 3], [0, 0], [0, 0], [0, 0]])
+    traffic = Traffic(copies=copies, node_copies=node_copies)
+    topology = slow_topology("scale-out:2x2", spine_oversubscription=4)
+    same = exchange(topology, traffic, kernel=NORMAL, bytes_per_copy=BYTES)
+    assert same.link_us["spine out"].tolist() == [0.0, 0.0]
+    apart = exchange(topology.replace(nodes_per_leaf=1), traffic, kernel=NORMAL, bytes_per_copy=BYTES)
+    # one NIC a leaf, a quarter of its rate: rails 0 and 1 of node 0, then of node 1
+    assert apart.link_us["spine out"].tolist() == [12.0, 0.0, 0.0, 0.0]
+    assert apart.link_us["spine in"].tolist() == [0.0, 0.0, 12.0, 0.0]
+    assert topology.replace(nodes_per_leaf=1).leaf_of_gpu().tolist() == [0, 1, 2, 3]
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]), st.floats(1, 9))
+def test_a_wide_spine_never_limits(seed: int, nodes_per_leaf: int, factor: float) -> None:
+    """A spine as wide as the NICs changes no time; a narrower one never shortens it."""
+    topology = slow_topology("scale-out:4x2", nodes_per_leaf=nodes_per_leaf)
+    traffic = _random_traffic(seed, topology)
+    for kernel in (LOW_LATENCY, NORMAL):
+        plain = _time(topology, traffic, kernel)
+        hardly = _time(topology.replace(spine_oversubscription=1 + 1e-9), traffic, kernel)
+        assert hardly == pytest.approx(plain)
+        assert _time(topology.replace(spine_oversubscription=factor), traffic, kernel) >= plain - 1e-9
+
+
 def test_leading_axes_are_separate_exchanges() -> None:
     """Batches and layers are timed apart, each as if alone."""
     topology = slow_topology("scale-out:2x2")
@@ -202,12 +249,8 @@ def test_leading_axes_are_separate_exchanges() -> None:
         assert timed.bottleneck()[1].shape == (2, 3)
 
 
-@pytest.mark.parametrize("spec", ["torus:2x2", "full-mesh:2x2", "mesh:2x2"])
-def test_direct_networks_have_no_time_yet(spec: str) -> None:
-    """They are refused with a way out; normal kernels across nodes need copies per node."""
-    with pytest.raises(TopologyError, match="no time model") as caught:
-        check_costed(load_topology(spec))
-    assert caught.value.hint
+def test_normal_kernels_need_copies_per_node() -> None:
+    """Across nodes a normal kernel cannot be timed from copies per GPU alone."""
     with pytest.raises(TopologyError, match="per-node"):
         _time(slow_topology("scale-out:2x2"), Traffic(copies=np.ones((4, 4))), NORMAL)
 
@@ -266,8 +309,8 @@ def test_deepep_normal(nodes: int, measured: float, port: str, gpus_touched: flo
     timed = exchange(topology, traffic, kernel=NORMAL, bytes_per_copy=size)
     logical = size * 4096 * node_reach / float(timed.time_us) * 1e-3
     assert logical == pytest.approx(measured, rel=0.10)
-    names, kind, _ = timed.bottleneck()
-    assert names[int(kind)].startswith(port)
+    names, busiest = timed.bottleneck()
+    assert names[int(busiest)].startswith(port)
 
 
 def test_busiest_of_means_is_below_mean_of_busiest() -> None:

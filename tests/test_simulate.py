@@ -188,7 +188,7 @@ def test_reports_agree_with_the_steps(run: Simulation) -> None:
     layers = sum(row.compute_us + row.dispatch_us + row.combine_us for row in run.layers)
     assert layers == pytest.approx(run.summary["mean"].value)
     assert run.summary == summarise(run.step_us)
-    assert all(busy.min() >= 0 and busy.max() <= 1 for busy in run.ports.values())
+    assert all(busy.min() >= 0 and busy.max() <= 1 for busy in run.links.values())
     assert sum(share for _, share in run.bottlenecks) == pytest.approx(1)
     shares = [share for _, share in run.bottlenecks]
     assert shares == sorted(shares, reverse=True)
@@ -218,8 +218,8 @@ def test_layer_rows_and_bottlenecks_by_hand() -> None:
         2 + 60 * size / 4000 for size in (small_model().bytes_per_copy_dispatch, small_model().bytes_per_copy_combine)
     ]
     assert [found.layers[0].dispatch_us, found.layers[0].combine_us] == pytest.approx(times)
-    assert found.ports["scale-up in"][1] == pytest.approx((times[0] - 2) / sum(times))
-    assert found.ports["scale-up out"][1] == pytest.approx((times[1] - 2) / sum(times))
+    assert found.links["scale-up in"][1] == pytest.approx((times[0] - 2) / sum(times))
+    assert found.links["scale-up out"][1] == pytest.approx((times[1] - 2) / sum(times))
 
 
 def test_a_quiet_network_is_bound_by_latency() -> None:
