@@ -76,9 +76,10 @@ def step_time_bound(problem: Problem) -> float:
     """Lower bound on the predicted step time [µs]: compute and communication bounded apart, layer by layer.
 
     Compute: the busiest GPU does at least the mean of all, and at least the cheapest possible hottest copy. Splitting
-    an expert never lowers the total: ``r·(1-e^{-n/r})`` and ``r·E⌈n/(rτ)⌉`` grow with ``r``. Communication: the
-    busiest receiver receives at least the mean, and at least the hottest copy, over all of its links together; normal
-    kernels are bounded by their latency.
+    an expert never lowers the total: ``r·(1-e^{-n/r})`` and ``r·E⌈n/(rτ)⌉`` grow with ``r``. GPUs of unlike speed
+    take at least the work of all over the speed of all (``max x_r/v_r ≥ Σx_r/Σv_r``), and the fastest has the hottest
+    copy at best. Communication: the busiest receiver receives at least the mean, and at least the hottest copy, over
+    all of its links together; normal kernels are bounded by their latency.
     """
     compute = ExpertCompute.of(problem.model, problem.topology.accelerator, problem.law.phase)
     tokens = problem.law.step_tokens
@@ -87,12 +88,13 @@ def step_time_bound(problem: Problem) -> float:
     gpus = int((problem.slots_per_gpu > 0).sum())
     spare = problem.num_slots - problem.num_experts
     hottest = hottest_copy(rows, spare, gpus) if not problem.whole_model else rows.max(axis=1) / gpus
-    single = compute.expected_copy_us(hottest)
-    busiest = compute.expected_rank_us(
-        np.maximum(memory.sum(axis=1) / gpus, single[0]),
-        np.maximum(arithmetic.sum(axis=1) / gpus, single[1]),
-        tokens / problem.num_gpus,
-    )
+    home_rows = tokens / problem.num_gpus
+    even = compute.expected_rank_us(memory.sum(axis=1) / gpus, arithmetic.sum(axis=1) / gpus, home_rows)
+    hot = compute.expected_rank_us(*compute.expected_copy_us(hottest), home_rows)
+    speed = problem.topology.gpu_speed
+    if speed is not None:
+        even, hot = even / speed[problem.slots_per_gpu > 0].mean(), hot / speed[problem.slots_per_gpu > 0].max()
+    busiest = np.maximum(even, hot)
     return float(busiest.sum()) + _communication_bound(problem, np.maximum(rows.sum(axis=1) / gpus, hottest))
 
 

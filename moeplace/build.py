@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moeplace.affinity import RoutingStats, count_routing
-from moeplace.batches import DEFAULT_PREFILL_TOKENS, DEFAULT_REQUESTS, BatchLaw
+from moeplace.batches import DEFAULT_PREFILL_TOKENS, DEFAULT_REQUESTS, MIXED, UNIFORM, BatchLaw
 from moeplace.checks import check_stats, identical_start
 from moeplace.errors import InputError, ProblemError, UnknownNameError
 from moeplace.frozen import Floats, Ints
@@ -21,7 +21,7 @@ from moeplace.problem import DISPATCH_COMBINE, STEP_TIME, Problem, slots_for
 from moeplace.scoring import law_for
 from moeplace.solvers.eplb import balance_global
 from moeplace.topology import Topology, load_topology
-from moeplace.trace import PHASES, PREFILL, Counts, TraceMeta, TraceStream
+from moeplace.trace import DECODE, PHASES, PREFILL, Counts, TraceMeta, TraceStream
 
 DEFAULT_GPUS = 8
 RISKS = ("mean", "p95", "p99", "cvar95")
@@ -46,7 +46,7 @@ class Choices:
         What of the step time is minimised: ``mean``, the only one so far.
     load_cap
         A number, or ``eplb`` for the maximum of EPLB's global policy in each layer.
-    phase, batch_requests, batch_tokens
+    phase, batch_requests, batch_tokens, batch_prefill_requests, batch_prefill_tokens, arrival
         The batch law.
     baseline
         The placement now deployed.
@@ -67,6 +67,9 @@ class Choices:
     phase: str | None = None
     batch_requests: int | None = None
     batch_tokens: int | None = None
+    batch_prefill_requests: int | None = None
+    batch_prefill_tokens: int | None = None
+    arrival: str | None = None
     baseline: Placement | None = None
 
 
@@ -121,6 +124,9 @@ def build_problem(
             phase=choices.phase,
             requests=choices.batch_requests,
             tokens=choices.batch_tokens,
+            prefill_requests=choices.batch_prefill_requests,
+            prefill_tokens=choices.batch_prefill_tokens,
+            arrival=choices.arrival,
         ),
         dataflow=choices.dataflow,
         objective=choices.objective,
@@ -239,7 +245,7 @@ def model_sentence(meta: TraceMeta, model: ModelSpec) -> str:
 
 def law_sentences(law: BatchLaw, *, requests: int | None, tokens: int | None) -> list[str]:
     """Say where the default batch law was cut down to what the trace has; None are the defaults."""
-    phase = PHASES.index(law.phase)
+    phase = PREFILL if law.phase == PHASES[PREFILL] else DECODE
     usual = DEFAULT_REQUESTS[phase]
     said = []
     if tokens is None and phase == PREFILL and law.tokens < DEFAULT_PREFILL_TOKENS:
@@ -247,7 +253,7 @@ def law_sentences(law: BatchLaw, *, requests: int | None, tokens: int | None) ->
             f"a prefill step takes {law.tokens} tokens of a request, not {DEFAULT_PREFILL_TOKENS}: "
             "most requests of the trace are shorter"
         )
-    if requests is None and law.requests < usual:
+    if requests is None and law.requests < usual and law.phase != MIXED:
         said.append(
             f"a {law.phase} step holds {law.requests} requests, not {usual}: the trace has no more with "
             f"{law.tokens} or more {law.phase} tokens"
@@ -268,7 +274,7 @@ def describe(problem: Problem) -> Mapping[str, str]:
         cap = f", load cap {lowest:.4f}" + (f" to {highest:.4f}" if highest > lowest else "")
     step = f"{law.requests:,} tokens on average, as recorded"
     if stats.has_tokens:
-        step = f"{plural(law.requests, 'request')} × {plural(law.tokens, 'token')} over all GPUs"
+        step = f"{law_words(law)} over all GPUs"
     told = {
         "trace": f"{plural(stats.num_tokens, 'token')}{requests}, digest {stats.trace_digest[:12]}",
         "experts": f"{plural(problem.num_layers, 'MoE layer')} × {problem.num_experts} experts, top-{stats.meta.top_k}",
@@ -284,6 +290,13 @@ def describe(problem: Problem) -> Mapping[str, str]:
             f"{int(problem.baseline.used_slots().sum()):,} copies now deployed; moves are counted from it"
         )
     return told
+
+
+def law_words(law: BatchLaw) -> str:
+    """``256 requests × 1 token``, and the prompt chunks of a mixed step."""
+    parts = [f"{plural(requests, 'request')} × {plural(tokens, 'token')}" for _, requests, tokens in law.parts()]
+    neighbours = ", neighbours in the trace" if law.arrival != UNIFORM else ""
+    return " and prompts of ".join(parts) + neighbours
 
 
 def describe_trace(stats: RoutingStats, num_gpus: int) -> Mapping[str, str]:

@@ -18,8 +18,7 @@ from moeplace.frozen import Floats, replaced
 from moeplace.hardware import Accelerator
 from moeplace.model import ModelSpec
 
-LAUNCH_US = 20.0
-TILE_ROWS = {"decode": 64, "prefill": 128}
+TILE_ROWS = {"decode": 64, "prefill": 128, "mixed": 128}
 SMALL_TILES = 12
 
 
@@ -44,7 +43,7 @@ class ExpertCompute:
     shared_weight_us: float = 0.0
     shared_row_us: float = 0.0
     tile_rows: int = 64
-    launch_us: float = LAUNCH_US
+    launch_us: float = 20.0
 
     @classmethod
     def of(cls, model: ModelSpec, accelerator: Accelerator, phase: str) -> ExpertCompute:
@@ -61,6 +60,7 @@ class ExpertCompute:
             shared_weight_us=3.0 * shared * model.weight_bytes / bytes_per_us,
             shared_row_us=6.0 * shared / flops_per_us,
             tile_rows=TILE_ROWS[phase],
+            launch_us=accelerator.launch_us,
         )
 
     def rank_us(self, rows: npt.NDArray[Any], home_rows: npt.NDArray[Any] | float) -> Floats:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -191,14 +192,31 @@ def _compiled_loop() -> Callable[..., None]:
     return compile_kernel(_count_layers_loop)
 
 
-def compile_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a loop with Numba, without the interpreter lock, cached in the platform's cache folder."""
+def compile_kernel(function: Callable[..., Any], *helpers: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a loop with Numba, without the interpreter lock, cached in the platform's cache folder.
+
+    ``helpers`` are functions of the same module that it calls by name; each may call those after it.
+    """
     import numba
     from platformdirs import user_cache_dir
 
     numba.config.CACHE_DIR = numba.config.CACHE_DIR or user_cache_dir("moeplace")
+    known: dict[str, Any] = {}
+    for helper in reversed(helpers):
+        known[helper.__name__] = numba.njit(nogil=True)(_with_globals(helper, known))
+    whole = _with_globals(function, known)
     try:
-        compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True)(function)
+        compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True)(whole)
     except RuntimeError:  # no folder to keep it in: compile anew in every process
-        compiled = numba.njit(nogil=True)(function)
+        compiled = numba.njit(nogil=True)(whole)
     return compiled
+
+
+def _with_globals(function: Callable[..., Any], known: dict[str, Any]) -> Callable[..., Any]:
+    """Return the function with some of its module's names meaning something else."""
+    if not known:
+        return function
+    code, names = getattr(function, "__code__"), getattr(function, "__globals__")  # noqa: B009 # typed as Callable
+    changed = types.FunctionType(code, {**names, **known}, function.__name__, function.__defaults__)
+    changed.__module__, changed.__qualname__ = function.__module__, function.__qualname__
+    return changed

@@ -47,6 +47,8 @@ class Accelerator:
         Time of each link of the way where GPUs are joined without switches [µs].
     normal_latency_us
         The same for normal (throughput) kernels, their notification included [µs].
+    launch_us
+        Fixed time of a layer's expert (or attention) kernels [µs].
     price_usd_per_hour, price_note
         Rent [USD/h], None if unknown; and what is known about it.
 
@@ -73,6 +75,7 @@ class Accelerator:
     nic_latency_us: float
     normal_latency_us: float = 55.0
     hop_latency_us: float = 1.0
+    launch_us: float = 20.0
     price_usd_per_hour: float | None = None
     price_note: str = ""
 

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplace.affinity import RoutingStats
+from moeplace.fingerprint import hashed
 from moeplace.frozen import Floats
 from moeplace.placement import Placement
-from moeplace.routing import ReplicaTable
+from moeplace.routing import Router
 from moeplace.topology import Topology
 from moeplace.trace import Trace
 
@@ -36,21 +37,24 @@ class TrafficMetrics:
     next_layer_locality: float | None
 
 
-def max_over_mean(placement: Placement, load: npt.NDArray[Any]) -> Floats:
-    """``[layer]`` load of the busiest GPU over the mean GPU load."""
-    gpu = placement.gpu_load(load)
+def max_over_mean(placement: Placement, load: npt.NDArray[Any], router: Router | None = None) -> Floats:
+    """``[layer]`` load of the busiest GPU over the mean GPU load; copies share evenly, or as the router has them."""
+    share = placement.even_share() if router is None else router.gpu_share(placement.num_gpus)
+    gpu: Floats = np.einsum("lge,le->lg", share, load.astype(np.float64))
     ratio: Floats = gpu.max(axis=1) / gpu.mean(axis=1)
     return ratio
 
 
-def cross_shares(stats: RoutingStats, placement: Placement, topology: Topology) -> tuple[float, float] | None:
-    """Share of consecutive ``k·k`` pairs that cross GPUs, and that cross nodes; copies share evenly.
+def cross_shares(
+    stats: RoutingStats, placement: Placement, topology: Topology, router: Router | None = None
+) -> tuple[float, float] | None:
+    """Share of consecutive ``k·k`` pairs that cross GPUs, and that cross nodes; copies share evenly or by the router.
 
     Returns None when the trace has no transitions. Complexity: O(layers · experts² · GPUs).
     """
     if stats.transition is None or stats.meta.num_layers < 2:
         return None
-    share = placement.even_share()
+    share = placement.even_share() if router is None else router.gpu_share(placement.num_gpus)
     by_node = share.reshape(len(share), topology.num_nodes, topology.gpus_per_node, -1).sum(axis=2)
     total = float(stats.transition.sum())
     stay_gpu = stay_node = 0.0
@@ -61,10 +65,14 @@ def cross_shares(stats: RoutingStats, placement: Placement, topology: Topology) 
     return max(0.0, 1 - stay_gpu / total), max(0.0, 1 - stay_node / total)
 
 
-def traffic_metrics(stats: RoutingStats, placement: Placement, topology: Topology) -> TrafficMetrics:
+def traffic_metrics(
+    stats: RoutingStats, placement: Placement, topology: Topology, router: Router | None = None
+) -> TrafficMetrics:
     """Every traffic metric of a placement; token-level ones from the statistics' token sample."""
-    crossing = cross_shares(stats, placement, topology) or (None, None)
-    token = token_metrics(stats.sample, placement, topology) if stats.sample is not None else (None, None, None)
+    crossing = cross_shares(stats, placement, topology, router) or (None, None)
+    token: tuple[float | None, float | None, float | None] = (None, None, None)
+    if stats.sample is not None:
+        token = token_metrics(stats.sample, placement, topology, router)
     return TrafficMetrics(
         cross_gpu_share=crossing[0],
         cross_node_share=crossing[1],
@@ -74,9 +82,15 @@ def traffic_metrics(stats: RoutingStats, placement: Placement, topology: Topolog
     )
 
 
-def token_metrics(trace: Trace, placement: Placement, topology: Topology) -> tuple[float, float, float | None]:
-    """Copies per token at GPU and at node level, and next-layer locality, over the tokens of ``trace``."""
-    table = ReplicaTable.of(placement)
+def token_metrics(
+    trace: Trace, placement: Placement, topology: Topology, router: Router | None = None
+) -> tuple[float, float, float | None]:
+    """Copies per token at GPU and at node level, and next-layer locality, over the tokens of ``trace``.
+
+    A router that goes by homes takes those that are recorded, else random ones by request.
+    """
+    router = router or Router.of(placement, topology)
+    home = _homes(trace, topology.num_gpus)
     layers, top_k = trace.meta.num_layers, trace.meta.top_k
     gpu_copies = node_copies = local = 0
     for start in range(0, trace.num_tokens, BLOCK_TOKENS):
@@ -84,7 +98,8 @@ def token_metrics(trace: Trace, placement: Placement, topology: Topology) -> tup
         token = np.arange(start, start + len(experts))
         before: npt.NDArray[np.uint64] | None = None
         for layer in range(layers):
-            gpu = table.choose_even(layer, experts[:, layer], token) // table.slots_per_gpu
+            slot = router.choose(layer, experts[:, layer], token, home[start : start + BLOCK_TOKENS])
+            gpu = slot // router.table.slots_per_gpu
             visited = _bit_sets(gpu, topology.num_gpus)
             gpu_copies += int(np.bitwise_count(visited).sum())
             nodes = _bit_sets(gpu // topology.gpus_per_node, topology.num_nodes)
@@ -95,6 +110,13 @@ def token_metrics(trace: Trace, placement: Placement, topology: Topology) -> tup
     cells = trace.num_tokens * layers
     locality = local / (trace.num_tokens * (layers - 1) * top_k) if layers > 1 else None
     return gpu_copies / cells, node_copies / cells, locality
+
+
+def _homes(trace: Trace, num_gpus: int) -> npt.NDArray[np.int64]:
+    ranks = trace.rank
+    if ranks is not None and ranks.size and ranks.min() >= 0 and ranks.max() < num_gpus:
+        return ranks
+    return (hashed(trace.request, 0) % np.uint64(num_gpus)).astype(np.int64)
 
 
 def _bit_sets(place: npt.NDArray[Any], num_places: int) -> npt.NDArray[np.uint64]:

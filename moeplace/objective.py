@@ -26,7 +26,7 @@ from moeplace.metrics import cross_shares, max_over_mean, token_metrics, traffic
 from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, NORMAL, Exchange, Traffic, exchange
 from moeplace.placement import Placement
 from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, DISPATCH_COMBINE, LOAD, STEP_TIME, Problem
-from moeplace.routing import ReplicaTable
+from moeplace.routing import Router
 from moeplace.traffic import dispatch_traffic
 
 UNITS = {STEP_TIME: "µs", LOAD: "max/mean", COPIES: "copies/token", CROSS: "share of pairs"}
@@ -104,6 +104,8 @@ def mean_step_times(problem: Problem, placement: Placement) -> LayerTimes:
         np.einsum("lge,le->lg", copies, arithmetic),
         tokens / problem.num_gpus,
     )
+    if topology.gpu_speed is not None:
+        rank_us = rank_us / topology.gpu_speed
     busiest: Floats = rank_us.max(axis=1)
     if problem.dataflow == CONTEXT_COHERENT:
         move = _exchange(problem, mean_chain_traffic(problem, placement), LOW_LATENCY, model.bytes_per_copy_dispatch)
@@ -153,14 +155,14 @@ def _sampled_dispatch(problem: Problem, placement: Placement) -> Traffic:
     sample, topology = problem.stats.sample, problem.topology
     if sample is None:
         raise TopologyError("no token sample", rule="normal kernels need tokens")
-    table = ReplicaTable.of(placement)
+    router = Router.of(placement, topology)
     token = np.arange(sample.num_tokens)
     home = home_ranks(sample.rank, token, topology.num_gpus)
     group = (np.zeros(sample.num_tokens, np.int64), 1)
     scale = problem.law.step_tokens / sample.num_tokens
     layers = []
     for layer in range(problem.num_layers):
-        gpu = table.choose_even(layer, sample.experts[:, layer], token) // table.slots_per_gpu
+        gpu = router.choose(layer, sample.experts[:, layer], token, home) // router.table.slots_per_gpu
         layers.append(dispatch_traffic(gpu, home, group, topology, NORMAL))
     nodes = [layer.node_copies for layer in layers if layer.node_copies is not None]
     return Traffic(

@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from moeplace.build import plural
+from moeplace.build import law_words, plural
 from moeplace.diff import Change, move_terms
 from moeplace.metrics import max_over_mean
 from moeplace.model import ModelSpec
@@ -313,9 +313,9 @@ def score_tables(scores: Sequence[Score], model: ModelSpec, *, recorded: bool = 
         out, law = console(), group[0].law
         if place:
             say("", out)
-        drawn = f"{plural(law.batches, 'step')} of {plural(law.requests, 'request')} × {plural(law.tokens, 'token')}"
+        drawn = f"{plural(law.batches, 'step')} of {law_words(law)}"
         steps = f"{law.batches:,} recorded steps of {law.requests:,} tokens on average" if recorded else drawn
-        say(f"{topology}, {phase}: {steps}, {group[0].dataflow}, {model.name}", out, "bold")
+        say(f"{topology}, {phase}: {steps}, {group[0].execution.dataflow}, {model.name}", out, "bold")
         write_table(_score_rows(group), right=range(1, len(group) + 1))
         beyond = tail_steps(law.batches, QUANTILES["p99"])
         if beyond < MIN_TAIL_STEPS:

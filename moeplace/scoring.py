@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 
 from moeplace.affinity import RoutingStats, count_routing
-from moeplace.batches import BatchLaw, TokenIndex, default_law, draw, gather
-from moeplace.errors import InputError, ProblemError
-from moeplace.frozen import Floats
+from moeplace.batches import MIXED, BatchLaw, TokenIndex, default_law, draw, gather
+from moeplace.errors import InputError
+from moeplace.execution import Execution, Steps
+from moeplace.frozen import Floats, Ints
 from moeplace.metrics import TrafficMetrics, max_over_mean, traffic_metrics
 from moeplace.model import ModelSpec
 from moeplace.placement import Placement
-from moeplace.problem import DATAFLOWS, DISPATCH_COMBINE
-from moeplace.simulate import Simulation, Steps, check_shapes, simulate, simulate_counts
+from moeplace.routing import Router
+from moeplace.simulate import Simulation, check_shapes, simulate, simulate_counts
 from moeplace.tails import Estimate
 from moeplace.topology import Topology
 from moeplace.trace import Counts, TraceStream
@@ -24,6 +25,8 @@ from moeplace.trace import Counts, TraceStream
 SCHEMA = "moeplace/score/1"
 PREFILL_FROM_TOKENS_PER_GPU = 128
 DIGITS = 9
+LAW_OPTIONS = ("requests", "tokens", "prefill_requests", "prefill_tokens", "batches", "seed", "arrival")
+EXECUTION_OPTIONS = ("dataflow", "routing", "homes", "overlap", "micro_batches", "with_attention")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +37,8 @@ class Score:
     ----------
     placement, topology
         Their labels.
-    law, dataflow
-        What a step is, and how tokens move.
+    law, execution
+        What a step is, and how an engine runs it.
     simulation
         Step times and what makes them.
     max_over_mean
@@ -49,7 +52,7 @@ class Score:
     placement: str
     topology: str
     law: BatchLaw
-    dataflow: str
+    execution: Execution
     simulation: Simulation
     max_over_mean: Floats
     traffic: TrafficMetrics
@@ -62,7 +65,9 @@ class Score:
             "placement": self.placement,
             "topology": self.topology,
             "phase": self.law.phase,
-            "batch": {name: getattr(self.law, name) for name in ("requests", "tokens", "batches", "seed")},
+            "batch": batch_document(self.law),
+            "execution": {name: getattr(self.execution, name) for name in self.execution.__slots__},
+            "attention_us": _round(run.attention_us),
             "step_time_us": {name: _estimate(value) for name, value in run.summary.items()},
             "noise_floor": _round(run.noise_floor),
             "load": {
@@ -106,8 +111,10 @@ def score(
     model
         Widths of the model.
     **options
-        ``phase`` (``decode`` or ``prefill``; default: every phase the trace has), ``requests``, ``tokens``, ``batches``
-        and ``seed`` of the batch law, ``dataflow``.
+        ``phase`` (``decode``, ``prefill`` or ``mixed``; default: decode and prefill where the trace has them);
+        ``requests``, ``tokens``, ``prefill_requests``, ``prefill_tokens``, ``batches``, ``seed`` and ``arrival`` of the
+        batch law; the fields of :class:`~moeplace.execution.Execution`; ``profile`` [layer, expert], the loads that the
+        replica choice goes by (default: those of the scored trace); ``threads``.
 
     Returns
     -------
@@ -121,34 +128,51 @@ def score(
     InputError
         The trace has no tokens of the phase, or too few requests for the law.
     """
-    known = {"phase", "requests", "tokens", "batches", "seed", "dataflow", "threads"}
-    if unknown := set(options) - known:
+    if unknown := set(options) - {"phase", "threads", "profile", *LAW_OPTIONS, *EXECUTION_OPTIONS}:
         raise TypeError(f"score() got unexpected options {sorted(unknown)}")
     places = [topologies] if isinstance(topologies, Topology) else list(topologies)
-    dataflow = options.get("dataflow", DISPATCH_COMBINE)
-    if dataflow not in DATAFLOWS:
-        raise ProblemError(f"dataflow {dataflow!r}", rule=f"one of {', '.join(DATAFLOWS)}")
+    execution = Execution(**{name: options[name] for name in EXECUTION_OPTIONS if options.get(name) is not None})
     for topology in places:
         for placement in placements.values():
             check_shapes(placement, source.meta.num_layers, source.meta.num_experts, topology)
-    if isinstance(source, Counts) and dataflow != DISPATCH_COMBINE:
-        raise InputError(
-            "counts cannot be scored under context-coherent execution",
-            hint="use dispatch-combine, or a per-token trace",
-        )
-    stats = count_routing(source, threads=options.get("threads", 1))
-    entries = [_Entry.of(label, placements[label], topology, stats) for topology in places for label in placements]
     if isinstance(source, Counts):
-        return tuple(entry.on_counts(source, model, options.get("phase")) for entry in entries)
+        _check_counts(execution)
+    stats = count_routing(source, threads=options.get("threads", 1))
+    profile = stats.load if options.get("profile") is None else np.asarray(options["profile"])
+    entries = [
+        _Entry.of(label, placements[label], (topology, model), (stats, profile, execution))
+        for topology in places
+        for label in placements
+    ]
+    if isinstance(source, Counts):
+        return tuple(entry.on_counts(source, options.get("phase")) for entry in entries)
     index = TokenIndex.of(source)
     phases = [options["phase"]] if options.get("phase") else index.phases()
     scores = []
     for phase in phases:
-        law = default_law(index, phase, requests=options.get("requests"), tokens=options.get("tokens"))
-        chosen = {name: options[name] for name in ("batches", "seed") if options.get(name) is not None}
-        steps = draw_steps(source, index, law.replace(**chosen))
-        scores += [entry.on_steps(steps, model, dataflow) for entry in entries]
+        steps = draw_steps(source, index, _law(index, phase, options))
+        scores += [entry.on_steps(steps) for entry in entries]
     return tuple(scores)
+
+
+def _check_counts(execution: Execution) -> None:
+    """Refuse what counts cannot tell."""
+    usual = Execution()
+    for name in EXECUTION_OPTIONS:
+        asked = getattr(execution, name)
+        if asked != getattr(usual, name):
+            raise InputError(
+                f"{name.replace('_', ' ')} {asked} on counts",
+                rule="counts hold neither homes nor which experts a token chose together",
+                hint="leave it out, or use a per-token trace",
+            )
+
+
+def batch_document(law: BatchLaw) -> dict[str, Any]:
+    """Return a law as part of a JSON document."""
+    names = ["requests", "tokens", "batches", "seed", "arrival"]
+    names += ["prefill_requests", "prefill_tokens"] if law.phase == MIXED else []
+    return {name: getattr(law, name) for name in names}
 
 
 def draw_steps(source: TraceStream, index: TokenIndex, law: BatchLaw) -> Steps:
@@ -168,12 +192,17 @@ def counts_law(counts: Counts, num_gpus: int, phase: str | None = None) -> Batch
 
 
 def law_for(source: TraceStream | Counts, num_gpus: int, **options: Any) -> BatchLaw:
-    """Return the batch law of a trace: ``phase`` (default: decode where the trace has it), ``requests``, ``tokens``."""
+    """Return the batch law of a trace: ``phase`` (default: decode where the trace has it) and :data:`LAW_OPTIONS`."""
     if isinstance(source, Counts):
         return counts_law(source, num_gpus, options.get("phase"))
     index = TokenIndex.of(source)
-    phase = options.get("phase") or index.phases()[0]
-    return default_law(index, phase, requests=options.get("requests"), tokens=options.get("tokens"))
+    return _law(index, options.get("phase") or index.phases()[0], options)
+
+
+def _law(index: TokenIndex, phase: str, options: Mapping[str, Any]) -> BatchLaw:
+    """Return the usual law of a phase with what the options say instead."""
+    law = default_law(index, phase, requests=options.get("requests"), tokens=options.get("tokens"))
+    return law.replace(**{name: options[name] for name in LAW_OPTIONS if options.get(name) is not None})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,36 +212,50 @@ class _Entry:
     label: str
     placement: Placement
     topology: Topology
+    model: ModelSpec
+    execution: Execution
+    profile: Ints
     max_over_mean: Floats
     traffic: TrafficMetrics
     trace_digest: str
 
     @classmethod
-    def of(cls, label: str, placement: Placement, topology: Topology, stats: RoutingStats) -> _Entry:
+    def of(
+        cls,
+        label: str,
+        placement: Placement,
+        place: tuple[Topology, ModelSpec],
+        known: tuple[RoutingStats, Ints, Execution],
+    ) -> _Entry:
+        stats, profile, execution = known
+        router = Router.of(placement, place[0], execution.routing, profile)
         return cls(
             label=label,
             placement=placement,
-            topology=topology,
-            max_over_mean=max_over_mean(placement, stats.load),
-            traffic=traffic_metrics(stats, placement, topology),
+            topology=place[0],
+            model=place[1],
+            execution=execution,
+            profile=profile,
+            max_over_mean=max_over_mean(placement, stats.load, router),
+            traffic=traffic_metrics(stats, placement, place[0], router),
             trace_digest=stats.trace_digest,
         )
 
-    def on_steps(self, steps: Steps, model: ModelSpec, dataflow: str) -> Score:
-        run = simulate(steps, self.placement, self.topology, model, dataflow=dataflow)
-        return self._score(run, steps.law, dataflow)
+    def on_steps(self, steps: Steps) -> Score:
+        run = simulate(steps, self.placement, self.topology, self.model, self.execution, profile=self.profile)
+        return self._score(run, steps.law)
 
-    def on_counts(self, counts: Counts, model: ModelSpec, phase: str | None) -> Score:
+    def on_counts(self, counts: Counts, phase: str | None) -> Score:
         law = counts_law(counts, self.topology.num_gpus, phase)
-        run = simulate_counts(counts, self.placement, self.topology, model, phase=law.phase)
-        return self._score(run, law, DISPATCH_COMBINE)
+        run = simulate_counts(counts, self.placement, self.topology, self.model, phase=law.phase)
+        return self._score(run, law)
 
-    def _score(self, run: Simulation, law: BatchLaw, dataflow: str) -> Score:
+    def _score(self, run: Simulation, law: BatchLaw) -> Score:
         return Score(
             placement=self.label,
             topology=self.topology.name,
             law=law,
-            dataflow=dataflow,
+            execution=self.execution,
             simulation=run,
             max_over_mean=self.max_over_mean,
             traffic=self.traffic,
@@ -222,7 +265,7 @@ class _Entry:
 
 def scores_to_dict(scores: Sequence[Score]) -> dict[str, Any]:
     """Return a ``moeplace/score/1`` document."""
-    dataflows = sorted({entry.dataflow for entry in scores})
+    dataflows = sorted({entry.execution.dataflow for entry in scores})
     return {
         "schema": SCHEMA,
         "dataflow": dataflows[0] if len(dataflows) == 1 else dataflows,

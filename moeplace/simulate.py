@@ -9,48 +9,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from moeplace.batches import BatchLaw
+from moeplace.attention import AttentionTime
 from moeplace.compute import ExpertCompute
-from moeplace.counting import count_visits
 from moeplace.errors import ProblemError
-from moeplace.frozen import Floats, Ints
+from moeplace.execution import Execution, Steps, step_tokens
+from moeplace.frozen import Floats
 from moeplace.model import ModelSpec
 from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Exchange, Traffic, exchange
-from moeplace.objective import home_ranks
+from moeplace.overlap import NONE, PartTimes, step_times
 from moeplace.placement import EMPTY, Placement
-from moeplace.problem import CONTEXT_COHERENT, DATAFLOWS, DISPATCH_COMBINE
-from moeplace.routing import ReplicaTable
+from moeplace.problem import CONTEXT_COHERENT
+from moeplace.routing import Router
 from moeplace.tails import Estimate, noise_floor, summarise
 from moeplace.topology import Topology
-from moeplace.trace import Counts, Trace
-from moeplace.traffic import chain_traffic, dispatch_traffic
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Steps:
-    """Routed tokens of many steps, ready to be placed.
-
-    Attributes
-    ----------
-    trace
-        The distinct tokens.
-    rows
-        ``[batch, request, token]`` row of each token in ``trace``.
-    law
-        The law they were drawn by.
-    """
-
-    trace: Trace
-    rows: Ints
-    law: BatchLaw
-
-    @property
-    def num_batches(self) -> int:
-        """Number of steps."""
-        return int(self.rows.shape[0])
+from moeplace.trace import Counts
+from moeplace.traffic import chain_traffic, slots_of, visit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +53,8 @@ class Simulation:
         ``[batch]`` time of each step.
     summary
         mean, p50, p95, p99, cvar95, each with an interval.
+    attention_us
+        Mean over steps of all layers' attention; 0 where it is left out.
     layers
         Means per layer.
     links
@@ -87,6 +67,7 @@ class Simulation:
 
     step_us: Floats
     summary: Mapping[str, Estimate]
+    attention_us: float
     layers: tuple[LayerRow, ...]
     links: Mapping[str, Floats]
     bottlenecks: tuple[tuple[str, float], ...]
@@ -94,7 +75,13 @@ class Simulation:
 
 
 def simulate(
-    steps: Steps, placement: Placement, topology: Topology, model: ModelSpec, *, dataflow: str = DISPATCH_COMBINE
+    steps: Steps,
+    placement: Placement,
+    topology: Topology,
+    model: ModelSpec,
+    execution: Execution | None = None,
+    *,
+    profile: npt.NDArray[Any] | None = None,
 ) -> Simulation:
     """Time every step of a placement.
 
@@ -106,8 +93,10 @@ def simulate(
         Layers, GPUs and experts must be those of the steps and the topology.
     topology, model
         Hardware and widths.
-    dataflow
-        ``dispatch-combine`` or ``context-coherent``.
+    execution
+        How a step is run; default: dispatch-combine, copies sharing evenly, nothing overlapped.
+    profile
+        ``[layer, expert]`` loads that the replica choice goes by, for policies that need them; default: all alike.
 
     Returns
     -------
@@ -115,9 +104,9 @@ def simulate(
         Complexity: O(batches · tokens · layers · k) time; one layer of all batches in memory at a time.
     """
     check_shapes(placement, steps.trace.meta.num_layers, steps.trace.meta.num_experts, topology)
-    if dataflow not in DATAFLOWS:
-        raise ProblemError(f"dataflow {dataflow!r}", rule=f"one of {', '.join(DATAFLOWS)}")
-    return _TokenRun(steps, placement, topology, model).run(chain=dataflow == CONTEXT_COHERENT)
+    execution = execution or Execution()
+    router = Router.of(placement, topology, execution.routing, profile)
+    return _TokenRun(steps, router, (topology, model), execution).run()
 
 
 def check_shapes(placement: Placement, layers: int, experts: int, topology: Topology) -> None:
@@ -137,18 +126,18 @@ def check_shapes(placement: Placement, layers: int, experts: int, topology: Topo
 
 
 class _Tally:
-    """Adds up layers, whatever they were computed from."""
+    """Adds up layers, whatever they were computed from. A step may be cut into parts, which are timed apart."""
 
-    def __init__(self, batches: int, topology: Topology, model: ModelSpec) -> None:
-        self._topology, self._model = topology, model
-        self.step_us = np.zeros(batches)
+    def __init__(self, steps: int, parts: int, topology: Topology, model: ModelSpec) -> None:
+        self._topology, self._model, self._shape = topology, model, (steps, parts)
         self._layers: list[LayerRow] = []
+        self._times: list[tuple[Floats, Floats, Floats]] = []
         self._busy_us: dict[str, Floats] = {}
         self._exchange_us = 0.0
         self._bottlenecks: Counter[str] = Counter()
 
     def exchange(self, traffic: Traffic, kernel: str, bytes_per_copy: float, *, returning: bool = False) -> Floats:
-        """``[batch]`` time of one direction, its links and bottleneck noted."""
+        """``[part]`` time of one direction, its links and bottleneck noted."""
         timed = exchange(self._topology, traffic, kernel=kernel, bytes_per_copy=bytes_per_copy, returning=returning)
         for name, busy in timed.link_us.items():
             self._busy_us[name] = self._busy_us.get(name, 0.0) + busy.sum(axis=0)
@@ -171,29 +160,39 @@ class _Tally:
             self._bottlenecks["latency" if link < 0 else names[link]] += count
 
     def add_layer(self, layer_id: int, load: Floats, times: tuple[Floats, Floats, Floats]) -> None:
-        """Add a layer: ``load`` [batch, GPU] rows, and its compute, dispatch and combine times [batch]."""
-        self.step_us += times[0] + times[1] + times[2]
+        """Add a layer: ``load`` [part, GPU] rows, and its compute, dispatch and combine times [part]."""
+        compute, dispatch, combine = (time.reshape(self._shape) for time in times)
+        self._times.append((compute, dispatch, combine))
+        load = load.reshape(*self._shape, -1).sum(axis=1)
         mean = load.mean(axis=1)
         # a recorded step may hold no token of a layer: nothing is out of balance then
         ratio = np.divide(load.max(axis=1), mean, out=np.ones(len(load)), where=mean > 0)
         self._layers.append(
             LayerRow(
                 layer_id=layer_id,
-                compute_us=float(times[0].mean()),
-                dispatch_us=float(times[1].mean()),
-                combine_us=float(times[2].mean()),
+                compute_us=float(compute.sum(axis=1).mean()),
+                dispatch_us=float(dispatch.sum(axis=1).mean()),
+                combine_us=float(combine.sum(axis=1).mean()),
                 max_over_mean=float(ratio.mean()),
                 balancedness=float((1 / ratio).mean()),
             )
         )
 
-    def result(self, selections: float) -> Simulation:
-        """Summarise; ``selections`` are the mean selections per GPU and step."""
+    def result(self, selections: float, overlap: str = NONE, attention_us: Floats | None = None) -> Simulation:
+        """Summarise.
+
+        ``selections`` are the mean selections per GPU and step, ``attention_us`` [step, part] one layer's attention.
+        """
+        attention = np.zeros(self._shape) if attention_us is None else attention_us
+        compute, dispatch, combine = (np.stack(times) for times in zip(*self._times, strict=True))
+        parts = PartTimes(attention=attention, compute=compute, dispatch=dispatch, combine=combine)
+        step_us = step_times(parts, overlap)
         total = sum(self._bottlenecks.values()) or 1
         ranked = sorted(self._bottlenecks.items(), key=lambda item: (-item[1], item[0]))
         return Simulation(
-            step_us=self.step_us,
-            summary=summarise(self.step_us),
+            step_us=step_us,
+            summary=summarise(step_us),
+            attention_us=len(self._layers) * float(attention.sum(axis=1).mean()),
             layers=tuple(self._layers),
             links={name: busy / max(self._exchange_us, 1e-12) for name, busy in self._busy_us.items()},
             bottlenecks=tuple((name, count / total) for name, count in ranked),
@@ -204,57 +203,80 @@ class _Tally:
 class _TokenRun:
     """One simulation of recorded tokens, layer by layer."""
 
-    def __init__(self, steps: Steps, placement: Placement, topology: Topology, model: ModelSpec) -> None:
-        self.topology, self.model = topology, model
-        self.experts, self.law, self.meta = steps.trace.experts, steps.law, steps.trace.meta
-        self.rows = steps.rows.reshape(-1)
-        batches, requests, tokens = steps.rows.shape
-        self.group = (np.repeat(np.arange(batches), requests * tokens), batches)
-        turn = np.tile(np.repeat(np.arange(requests), tokens), batches)
-        recorded = None if steps.trace.rank is None else steps.trace.rank[self.rows]
-        self.home = home_ranks(recorded, turn, topology.num_gpus)
-        homes = np.bincount(self.group[0] * topology.num_gpus + self.home, minlength=batches * topology.num_gpus)
-        self.home_rows = homes.reshape(batches, topology.num_gpus)
-        self.table = ReplicaTable.of(placement)
-        self.shape = (batches, topology.num_gpus, placement.max_slots)
-        self.compute = ExpertCompute.of(model, topology.accelerator, steps.law.phase)
-        self.tally = _Tally(batches, topology, model)
+    def __init__(self, steps: Steps, router: Router, place: tuple[Topology, ModelSpec], execution: Execution) -> None:
+        self.topology, self.model = place
+        self.router, self.execution = router, execution
+        self.trace, self.law, self.meta = steps.trace, steps.law, steps.trace.meta
+        self.tokens = step_tokens(steps, self.topology.num_gpus, execution)
+        groups, gpus = self.tokens.num_groups, self.topology.num_gpus
+        held = self.tokens.group * gpus + self.tokens.home
+        self.home_rows = np.bincount(held, minlength=groups * gpus).reshape(groups, gpus)
+        context = self.trace.position[self.tokens.row] + 1
+        # tokens of a request stand together, the last of them behind all the others
+        request = np.tile(self.law.turns(), steps.num_batches)
+        last = (np.diff(request, append=-1) != 0) | (np.diff(self.tokens.group, append=-1) != 0)
+        self.context, self.cached = (
+            np.bincount(held, weights=context * kept, minlength=groups * gpus).reshape(groups, gpus)
+            for kept in (np.ones(len(last)), last)
+        )
+        self.compute = ExpertCompute.of(self.model, self.topology.accelerator, self.law.phase)
+        self.tally = _Tally(steps.num_batches, execution.parts, self.topology, self.model)
 
-    def run(self, chain: bool) -> Simulation:
+    def run(self) -> Simulation:
         """Time every layer."""
-        slot = self._slots(0)
-        for layer, layer_id in enumerate(self.meta.layer_ids):
-            following = self._slots(layer + 1) if layer + 1 < len(self.meta.layer_ids) else None
-            copy_rows = self._copy_rows(slot)
-            compute_us = self.compute.rank_us(copy_rows, self.home_rows).max(axis=1)
-            moved_us = self._chain_us(slot, following) if chain else self._dispatch_us(slot)
-            self.tally.add_layer(layer_id, copy_rows.sum(axis=2), (compute_us, *moved_us))
-            slot = slot if following is None else following
-        return self.tally.result(self.law.step_tokens * self.meta.top_k / self.topology.num_gpus)
+        if self.execution.dataflow == CONTEXT_COHERENT:
+            self._run_chain()
+        else:
+            for layer, layer_id in enumerate(self.meta.layer_ids):
+                self._run_layer(layer, layer_id)
+        selections = self.law.step_tokens * self.meta.top_k / self.topology.num_gpus
+        return self.tally.result(selections, self.execution.overlap, self._attention_us())
 
-    def _slots(self, layer: int) -> Ints:
-        return self.table.choose_even(layer, self.experts[self.rows, layer], self.rows)
-
-    def _copy_rows(self, slot: Ints) -> Ints:
-        batches, gpus, width = self.shape
-        return count_visits(self.group[0], slot, (batches, gpus * width), distinct=False).reshape(self.shape)
-
-    def _dispatch_us(self, slot: Ints) -> tuple[Floats, Floats]:
+    def _run_layer(self, layer: int, layer_id: int) -> None:
         kernel = KERNEL_OF_PHASE[self.law.phase]
-        sent = dispatch_traffic(slot // self.shape[2], self.home, self.group, self.topology, kernel)
-        return self.tally.dispatch_and_combine(sent, kernel)
+        ids = np.ascontiguousarray(self.trace.experts[:, layer])
+        seen = visit(ids, self.tokens, self.router, layer, (self.topology, kernel))
+        times = (self._compute_us(seen.rows), *self.tally.dispatch_and_combine(seen.traffic, kernel))
+        self.tally.add_layer(layer_id, seen.rows.sum(axis=2), times)
 
-    def _chain_us(self, slot: Ints, following: Ints | None) -> tuple[Floats, Floats]:
-        nothing = np.zeros(self.shape[0])
-        if following is None:
-            return nothing, nothing
-        width = self.shape[2]
-        moved = chain_traffic(slot // width, following // width, self.group, self.topology.num_gpus)
-        return self.tally.exchange(moved, LOW_LATENCY, self.model.bytes_per_copy_dispatch), nothing
+    def _run_chain(self) -> None:
+        groups, gpus, width = self.tokens.num_groups, self.topology.num_gpus, self.router.table.slots_per_gpu
+        nothing = np.zeros(groups)
+        following = slots_of(self.trace.experts[:, 0], self.tokens, self.router, 0)
+        for layer, layer_id in enumerate(self.meta.layer_ids):
+            slot, moved_us = following, nothing
+            if layer + 1 < self.meta.num_layers:
+                following = slots_of(self.trace.experts[:, layer + 1], self.tokens, self.router, layer + 1)
+                group = (self.tokens.group, groups)
+                moved = chain_traffic(slot // width, following // width, group, gpus)
+                moved_us = self.tally.exchange(moved, LOW_LATENCY, self.model.bytes_per_copy_dispatch)
+            flat = self.tokens.group[:, None] * (gpus * width) + slot
+            rows = np.bincount(flat.ravel(), minlength=groups * gpus * width).reshape(groups, gpus, width)
+            self.tally.add_layer(layer_id, rows.sum(axis=2), (self._compute_us(rows), moved_us, nothing))
+
+    def _compute_us(self, rows: npt.NDArray[Any]) -> Floats:
+        busy = self.compute.rank_us(rows, self.home_rows)
+        slowest: Floats = (busy if self.topology.gpu_speed is None else busy / self.topology.gpu_speed).max(axis=-1)
+        return slowest
+
+    def _attention_us(self) -> Floats | None:
+        if not self.execution.with_attention:
+            return None
+        busy = AttentionTime.of(self.model, self.topology.accelerator).rank_us(
+            self.home_rows, self.context, self.cached
+        )
+        if self.topology.gpu_speed is not None:
+            busy = busy / self.topology.gpu_speed
+        return busy.max(axis=-1).reshape(-1, self.execution.parts)
 
 
 def simulate_counts(
-    counts: Counts, placement: Placement, topology: Topology, model: ModelSpec, *, phase: str
+    counts: Counts,
+    placement: Placement,
+    topology: Topology,
+    model: ModelSpec,
+    *,
+    phase: str,
 ) -> Simulation:
     """Time every recorded step of a trace that holds only counts.
 
@@ -271,11 +293,12 @@ def simulate_counts(
         1 / np.take_along_axis(placement.replicas()[:, None, :], slots.astype(np.int64), axis=2),
     )
     tokens = counts.counts.sum(axis=2) / counts.meta.top_k
-    tally = _Tally(counts.num_steps, topology, model)
+    tally = _Tally(counts.num_steps, 1, topology, model)
     for layer, layer_id in enumerate(counts.meta.layer_ids):
         rows = counts.counts[:, layer, slots[layer]] * share[layer]
         load = rows.sum(axis=2)
-        compute_us = compute.rank_us(rows, tokens[:, layer, None] / gpus).max(axis=1)
+        busy = compute.rank_us(rows, tokens[:, layer, None] / gpus)
+        compute_us = (busy if topology.gpu_speed is None else busy / topology.gpu_speed).max(axis=1)
         traffic = Traffic(copies=np.repeat(load[:, None, :] / gpus, gpus, axis=1))
         tally.add_layer(layer_id, load, (compute_us, *tally.dispatch_and_combine(traffic, LOW_LATENCY)))
     return tally.result(float(counts.counts.sum(axis=2).mean()) / gpus)

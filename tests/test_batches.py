@@ -39,9 +39,10 @@ def test_steps_follow_the_law(trace: Trace, phase: str, requests: int, tokens: i
         assert ("--batch-requests" if long_enough else "--batch-tokens") in caught.value.hint
         return
     picked = draw(index, law)
-    assert picked.shape == (6, requests, tokens)
+    assert picked.shape == (6, law.step_tokens)
     assert np.array_equal(picked, draw(index, law))
-    for batch in picked:
+    assert law.turns().tolist() == [turn for turn in range(requests) for _ in range(tokens)]
+    for batch in picked.reshape(6, requests, tokens):
         owners = shuffled.request[batch]
         assert (owners == owners[:, :1]).all()
         assert len(set(owners[:, 0].tolist())) == requests
@@ -54,9 +55,10 @@ def test_steps_are_uniform() -> None:
     """Every eligible request is as likely as any other, and so is every start in it."""
     trace = make_trace(0, tokens=60, requests=5, prompt=0)
     index = TokenIndex.of(trace)
-    rows, first, length = index.by_request("decode")
+    known = index.by_request("decode")
+    rows, first, length = known.rows, known.first, known.length
     picked = draw(index, BatchLaw(phase="decode", requests=2, tokens=3, batches=6000))
-    starts = picked[:, :, 0].ravel()
+    starts = picked[:, ::3].ravel()
     owners, counts = np.unique(trace.request[starts], return_counts=True)
     assert len(owners) == int((length >= 3).sum())
     expected = 2 * 6000 / len(owners)
@@ -75,6 +77,36 @@ def test_seeds_differ_and_more_batches_extend() -> None:
     many = draw(index, DECODE_LAW.replace(batches=9))
     assert np.array_equal(many[:5], few)
     assert not np.array_equal(few, draw(index, DECODE_LAW.replace(batches=5, seed=1)))
+
+
+@given(st.integers(0, 99), st.integers(1, 4), st.integers(1, 3))
+def test_mixed_steps_hold_both_phases(seed: int, requests: int, chunks: int) -> None:
+    """A mixed step decodes some requests and takes chunks of others' prompts, in the order of its turns."""
+    trace = make_trace(seed, tokens=300, requests=12, prompt=6)
+    index = TokenIndex.of(trace)
+    law = BatchLaw(phase="mixed", requests=requests, prefill_requests=chunks, prefill_tokens=3, batches=4, seed=seed)
+    picked = draw(index, law)
+    assert picked.shape == (4, requests + 3 * chunks) == (4, law.step_tokens)
+    for batch in picked:
+        owners, turns = trace.request[batch], law.turns()
+        assert trace.phase[batch].tolist() == [1] * requests + [0] * 3 * chunks
+        assert (
+            len({*zip(owners.tolist(), turns.tolist(), strict=True)}) == requests + chunks == len(set(owners.tolist()))
+        )
+        chunk = trace.position[batch][requests:].reshape(chunks, 3)
+        assert (np.diff(chunk, axis=1) == 1).all()
+
+
+@given(st.integers(0, 99), st.integers(1, 6))
+def test_consecutive_arrivals_are_neighbours(seed: int, requests: int) -> None:
+    """With consecutive arrival a step's requests follow each other as they first appear, around the end if need be."""
+    trace = make_trace(seed, tokens=120, requests=9, prompt=0)
+    order = np.random.default_rng(seed).permutation(np.unique(trace.request))
+    shuffled = trace.take(np.concatenate([np.flatnonzero(trace.request == name) for name in order]))
+    law = BatchLaw(phase="decode", requests=min(requests, len(order)), batches=20, arrival="consecutive", seed=seed)
+    for batch in draw(TokenIndex.of(shuffled), law):
+        place = [order.tolist().index(name) for name in shuffled.request[batch].tolist()]
+        assert place == [(place[0] + i) % len(order) for i in range(len(place))]
 
 
 @given(traces(), st.lists(st.integers(0, 9), max_size=4), st.integers(0, 9))
@@ -103,9 +135,23 @@ def test_default_laws(small_trace: Trace) -> None:
     assert (default_law(large, "decode").requests, default_law(large, "decode").tokens) == (256, 1)
     assert (default_law(large, "prefill").requests, default_law(large, "prefill").tokens) == (64, 128)
     assert index.phases() == ["decode", "prefill"]
+    mixed = default_law(index, "mixed")
+    assert draw(index, mixed).shape == (300, mixed.step_tokens)
+    assert (mixed.requests + mixed.prefill_requests, mixed.prefill_tokens) == (decode.requests, prefill.tokens)
 
 
-@pytest.mark.parametrize("changes", [{"requests": 0}, {"tokens": 0}, {"batches": -1}, {"phase": "training"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"requests": 0},
+        {"tokens": 0},
+        {"batches": -1},
+        {"phase": "training"},
+        {"arrival": "rush"},
+        {"prefill_requests": 1},
+        {"phase": "mixed"},
+    ],
+)
 def test_bad_laws_are_refused(changes: dict[str, object]) -> None:
     """Every number of a law is at least 1, its phase known."""
     with pytest.raises(InputError):
@@ -129,4 +175,4 @@ def test_one_request_one_token() -> None:
     meta = TraceMeta(num_experts=1, top_k=1, layer_ids=(0,))
     trace = Trace(meta=meta, experts=[[[0]]], request=[5], position=[0], phase=[1])
     law = default_law(TokenIndex.of(trace), "decode")
-    assert draw(TokenIndex.of(trace), law.replace(batches=2)).tolist() == [[[0]], [[0]]]
+    assert draw(TokenIndex.of(trace), law.replace(batches=2)).tolist() == [[0], [0]]

@@ -35,7 +35,8 @@ def _custom(gpus: int) -> Topology:
 
 def _topologies(gpus: int) -> list[Topology]:
     found = [slow_topology(f"scale-up:{gpus}"), slow_topology(f"scale-out:{gpus}x1"), _custom(gpus)]
-    return found + ([slow_topology("scale-out:2x1")] if gpus == 2 else [])
+    unlike = slow_topology(f"scale-up:{gpus}").replace(gpu_speed=np.linspace(0.5, 1, gpus))
+    return [*found, unlike, *([slow_topology("scale-out:2x1")] if gpus == 2 else [])]
 
 
 @pytest.mark.parametrize("slots", SLOTS, ids=str)
@@ -153,6 +154,20 @@ def test_bounds_are_not_empty() -> None:
     trace = make_trace(0, tokens=4, layers=1, experts=4, top_k=4)
     problem = make_problem(trace, slow_topology("scale-up:2"))
     assert step_time_bound(problem) == pytest.approx(optimum(problem), rel=0.01)
+
+
+def test_unlike_gpus_tighten_the_bound() -> None:
+    """GPUs of half the speed raise the bound on compute to twice; one slow GPU of two raises it by a third."""
+    trace = make_trace(0, tokens=4, layers=1, experts=4, top_k=4)
+    alike = make_problem(trace, load_topology("scale-up:2").replace(link_gb_per_s=1e9))
+    one, both = (
+        step_time_bound(alike.replace(topology=alike.topology.replace(gpu_speed=np.array(speed))))
+        for speed in ([1.0, 0.5], [0.5, 0.5])
+    )
+    fixed = step_time_bound(alike.replace(topology=alike.topology.replace(gpu_speed=np.full(2, 1e12))))
+    whole = step_time_bound(alike) - fixed
+    assert both - fixed == pytest.approx(2 * whole)
+    assert one - fixed == pytest.approx(4 / 3 * whole)
 
 
 @pytest.mark.parametrize("spec", ["torus:3", "torus:3:one-shot", "full-mesh:3", "mesh:3x1", "torus:3:valiant"])

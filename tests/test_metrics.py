@@ -15,17 +15,17 @@ from moeplace import metrics
 from moeplace.affinity import count_routing
 from moeplace.metrics import cross_shares, max_over_mean, token_metrics, traffic_metrics
 from moeplace.placement import Placement
-from moeplace.routing import ReplicaTable
+from moeplace.routing import Router
 from moeplace.topology import load_topology
 from moeplace.trace import Counts, Trace
 
 
 def served(trace: Trace, placement: Placement) -> list[list[list[int]]]:
     """``[token][layer][k]`` GPU of each selection, one choice at a time."""
-    table = ReplicaTable.of(placement)
+    router, home = Router.of(placement, load_topology(f"scale-up:{placement.num_gpus}")), np.array([0])
     return [
         [
-            (table.choose_even(layer, np.array([chosen]), np.array([token]))[0] // placement.max_slots).tolist()
+            (router.choose(layer, np.array([chosen]), np.array([token]), home)[0] // placement.max_slots).tolist()
             for layer, chosen in enumerate(trace.experts[token].tolist())
         ]
         for token in range(trace.num_tokens)

@@ -30,7 +30,7 @@ def _document(source: Any, **options: Any) -> dict[str, Any]:
 
 
 def test_the_document_has_the_contracts_keys(small_trace: Trace) -> None:
-    """Every key other programs rely on is there, and only two more, which are documented."""
+    """Every key other programs rely on is there, and only a few more, which are documented."""
     document = _document(small_trace)
     assert set(document) == {"schema", "dataflow", "scores"} | {"trace_digest"}
     assert (document["schema"], document["dataflow"]) == ("moeplace/score/1", "dispatch-combine")
@@ -40,6 +40,8 @@ def test_the_document_has_the_contracts_keys(small_trace: Trace) -> None:
             "topology",
             "phase",
             "batch",
+            "execution",
+            "attention_us",
             "step_time_us",
             "noise_floor",
             "load",
@@ -48,7 +50,7 @@ def test_the_document_has_the_contracts_keys(small_trace: Trace) -> None:
             "link_utilisation",
             "bottlenecks",
         }
-        assert set(entry["batch"]) == {"requests", "tokens", "batches", "seed"}
+        assert set(entry["batch"]) == {"requests", "tokens", "batches", "seed", "arrival"}
         assert list(entry["step_time_us"]) == ["mean", "p50", "p95", "p99", "cvar95"]
         for estimate in entry["step_time_us"].values():
             assert set(estimate) == {"value", "interval"}
@@ -100,7 +102,7 @@ def test_scores_repeat_and_do_not_depend_on_blocks(small_trace: Trace) -> None:
 def test_the_law_can_be_given(small_trace: Trace) -> None:
     """Requests, tokens, steps and seed asked for are those used and shown."""
     entry = _document(small_trace, phase="decode", requests=3, tokens=2, seed=5)["scores"][0]
-    assert entry["batch"] == {"requests": 3, "tokens": 2, "batches": 20, "seed": 5}
+    assert entry["batch"] == {"requests": 3, "tokens": 2, "batches": 20, "seed": 5, "arrival": "uniform"}
     assert law_for(small_trace, 2, phase="prefill", requests=3, tokens=1).step_tokens == 3
     assert law_for(small_trace, 2).phase == "decode"
     with pytest.raises(InputError, match="only"):

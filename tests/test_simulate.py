@@ -12,16 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import make_trace, random_placement, relabel_experts, relabel_placement, slow_topology, small_model
 
+from moeplace.attention import AttentionTime
 from moeplace.batches import BatchLaw, TokenIndex
 from moeplace.compute import ExpertCompute
-from moeplace.errors import ProblemError
+from moeplace.errors import ProblemError, UnknownNameError
+from moeplace.execution import Execution, Steps
 from moeplace.hardware import load_accelerator
 from moeplace.model import ModelSpec, load_model
 from moeplace.placement import EMPTY, Placement
 from moeplace.problem import DATAFLOWS, slots_for
-from moeplace.routing import ReplicaTable
+from moeplace.routing import POLICIES, Router
 from moeplace.scoring import draw_steps
-from moeplace.simulate import Simulation, Steps, simulate, simulate_counts
+from moeplace.simulate import Simulation, simulate, simulate_counts
 from moeplace.tails import noise_floor, summarise
 from moeplace.topology import Topology, load_topology
 from moeplace.trace import Counts, Trace
@@ -50,7 +52,8 @@ class SlowStep:
                 if where == rank and count > 0:
                     weights += 3 * model.hidden * model.expert_inner * model.weight_bytes
                     flops += math.ceil(count / tile) * tile * 6 * model.hidden * model.expert_inner
-            times.append(20e-6 + max(weights / bandwidth, flops / rate))
+            speed = 1.0 if self.topology.gpu_speed is None else float(self.topology.gpu_speed[rank])
+            times.append((20e-6 + max(weights / bandwidth, flops / rate)) / speed)
         return max(times) * 1e6
 
     def exchange_us(self, tokens: list[tuple[int, list[int]]], size: float, dedup: bool) -> float:
@@ -93,20 +96,20 @@ class SlowStep:
         return total
 
 
-def slow_steps(steps: Steps, placement: Placement, slow: SlowStep, chain: bool) -> list[float]:
-    """Step times in plain Python; which copy serves a token is asked of the replica table, one choice at a time."""
-    table, trace, gpus = ReplicaTable.of(placement), steps.trace, placement.num_gpus
+def slow_steps(steps: Steps, router: Router, slow: SlowStep, chain: bool) -> list[float]:
+    """Step times in plain Python; which copy serves a token is asked of the router, one choice at a time."""
+    trace, gpus, turns = steps.trace, slow.topology.num_gpus, steps.law.turns().tolist()
     times = []
     for batch in steps.rows.tolist():
         served, homes = [], []
-        for turn, request in enumerate(batch):
-            for row in request:
-                homes.append(turn % gpus if trace.rank is None else int(trace.rank[row]))
-                token = []
-                for layer, chosen in enumerate(trace.experts[row].tolist()):
-                    slots = table.choose_even(layer, np.array([chosen]), np.array([row]))[0].tolist()
-                    token.append([divmod(slot, placement.max_slots) for slot in slots])
-                served.append(token)
+        for turn, row in zip(turns, batch, strict=True):
+            home = turn % gpus if trace.rank is None else int(trace.rank[row])
+            token = []
+            for layer, chosen in enumerate(trace.experts[row].tolist()):
+                slots = router.choose(layer, np.array([chosen]), np.array([row]), np.array([home]))[0].tolist()
+                token.append([divmod(slot, router.table.slots_per_gpu) for slot in slots])
+            homes.append(home)
+            served.append(token)
         times.append(slow.step_us(served, homes, chain))
     return times
 
@@ -121,20 +124,27 @@ def _steps(trace: Trace, phase: str = "decode", **law: int) -> Steps:
     st.sampled_from(DATAFLOWS),
     st.sampled_from(["decode", "prefill"]),
     st.sampled_from(["scale-up:4", "scale-out:2x2", "scale-out:4x1", "scale-out:1x4"]),
+    st.sampled_from([policy for policy in POLICIES if policy != "lp"]),
     st.booleans(),
 )
-def test_steps_equal_a_plain_evaluator(seed: int, dataflow: str, phase: str, spec: str, ranks: bool) -> None:
+def test_steps_equal_a_plain_evaluator(
+    seed: int, dataflow: str, phase: str, spec: str, policy: str, ranks: bool
+) -> None:
     """Every step of random cases, with copies and empty slots, takes what the equations say, token by token."""
     rng = np.random.default_rng(seed)
     layers, experts = int(rng.integers(1, 4)), int(rng.integers(4, 8))
     shape = {"tokens": 90, "layers": layers, "experts": experts, "top_k": int(rng.integers(1, 4)), "requests": 6}
     trace = make_trace(seed, **shape, prompt=6, ranks=4 if ranks else None)
-    topology = slow_topology(spec, local_gb_per_s=0.5, nic_gb_per_s=0.2)
+    speed = rng.uniform(0.5, 2, 4) if ranks else None
+    topology = slow_topology(spec, local_gb_per_s=0.5, nic_gb_per_s=0.2, gpu_speed=speed)
     model = small_model(layers, experts, shape["top_k"], weight_bytes=float(rng.choice([0.01, 1, 2])))
     placement = random_placement(seed, SLOTS, layers, experts)
     steps = _steps(trace, phase)
-    expected = slow_steps(steps, placement, SlowStep(topology, model, phase), dataflow == "context-coherent")
-    found = simulate(steps, placement, topology, model, dataflow=dataflow)
+    profile = rng.integers(1, 9, (layers, experts))
+    router = Router.of(placement, topology, policy, profile)
+    expected = slow_steps(steps, router, SlowStep(topology, model, phase), dataflow == "context-coherent")
+    how = Execution(dataflow=dataflow, routing=policy)
+    found = simulate(steps, placement, topology, model, how, profile=profile)
     assert found.step_us.tolist() == pytest.approx(expected, rel=1e-9)
 
 
@@ -237,9 +247,9 @@ def test_renaming_experts_changes_no_step(seed: int, dataflow: str, phase: str) 
     order = np.random.default_rng(seed).permutation(6)
     placement = random_placement(seed, SLOTS, 2, 6)
     pairs = ((trace, placement), (relabel_experts(trace, order), relabel_placement(placement, order)))
+    how = Execution(dataflow=dataflow)
     one, other = (
-        simulate(_steps(t, phase, requests=3), p, slow_topology("scale-out:2x2"), small_model(), dataflow=dataflow)
-        for t, p in pairs
+        simulate(_steps(t, phase, requests=3), p, slow_topology("scale-out:2x2"), small_model(), how) for t, p in pairs
     )
     assert other.step_us == pytest.approx(one.step_us)
 
@@ -266,14 +276,24 @@ def test_shapes_must_agree(small_trace: Trace, placement: Placement, spec: str, 
     """A placement for another trace or topology is refused, and so is an unknown dataflow."""
     with pytest.raises(ProblemError, match=words):
         simulate(_steps(small_trace), placement, load_topology(spec), small_model())
-    with pytest.raises(ProblemError, match="dataflow"):
-        simulate(
-            _steps(small_trace),
-            random_placement(0, [6], 2, 6),
-            load_topology("scale-up:1"),
-            small_model(),
-            dataflow="x",
-        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"dataflow": "x"}, ProblemError, "dataflow"),
+        ({"routing": "evn"}, UnknownNameError, "even"),
+        ({"homes": "here"}, UnknownNameError, "recorded"),
+        ({"overlap": "ping"}, UnknownNameError, "ping-pong"),
+        ({"overlap": "dual-batch", "micro_batches": 3}, ProblemError, "dual-batch has 2"),
+        ({"dataflow": "context-coherent", "overlap": "dual-batch"}, ProblemError, "dispatch-combine"),
+        ({"dataflow": "context-coherent", "routing": "lp"}, ProblemError, "dispatch-combine"),
+    ],
+)
+def test_bad_executions_are_refused(fields: dict[str, Any], error: type[Exception], words: str) -> None:
+    """Unknown names and combinations without a meaning are refused with what there is."""
+    with pytest.raises(error, match=words):
+        Execution(**fields)
 
 
 def test_one_gpu_and_one_step(small_trace: Trace) -> None:
@@ -322,3 +342,77 @@ def test_more_copies_may_slow_decode() -> None:
     assert times[1] > times[0]
     assert ExpertCompute.of(narrow, load_accelerator("h100"), "decode").weight_us > 10
     assert slots_for(8, 2, redundant=8).tolist() == [8, 8]
+
+
+def test_attention_counts_every_ranks_own_tokens() -> None:
+    """Attention of a step is its busiest rank's in every layer: weights, its requests' caches, its tokens' products."""
+    trace = make_trace(3, tokens=300, layers=2, experts=8, top_k=2, requests=12, prompt=9)
+    model = load_model("qwen3-30b-a3b").replace(num_experts=8, top_k=2)
+    topology = load_topology("scale-up:2")
+    steps, placement = _steps(trace, "prefill", requests=3, tokens=4), random_placement(0, [4, 4], 2, 8)
+    without = simulate(steps, placement, topology, model)
+    found = simulate(steps, placement, topology, model, Execution(with_attention=True))
+    time, gpu = AttentionTime.of(model, topology.accelerator), topology.accelerator
+    assert gpu.name == "h100"
+    for step in range(3):
+        tokens, context, cached = np.zeros(2), np.zeros(2), np.zeros(2)
+        for turn in range(3):
+            positions = steps.trace.position[steps.rows[step, 4 * turn : 4 * turn + 4]]
+            tokens[turn % 2] += 4
+            context[turn % 2] += (positions + 1).sum()
+            cached[turn % 2] += positions.max() + 1
+        expected = 2 * time.rank_us(tokens, context, cached).max()
+        assert found.step_us[step] - without.step_us[step] == pytest.approx(expected)
+    assert found.attention_us == pytest.approx(found.summary["mean"].value - without.summary["mean"].value)
+    assert without.attention_us == 0
+
+
+@pytest.mark.parametrize("overlap", ["dual-batch", "ping-pong"])
+def test_overlap_is_that_of_its_micro_batches(overlap: str) -> None:
+    """A step's micro-batches are timed apart, as steps of their own, and put together by the overlap's rule."""
+    trace = make_trace(4, tokens=400, requests=30, prompt=0)
+    model, topology = load_model("mixtral-8x7b").replace(num_experts=6), load_topology("scale-out:2x2")
+    placement = random_placement(0, SLOTS, 2, 6)
+    law = BatchLaw(phase="decode", requests=24, batches=5)
+    steps, how = draw_steps(trace, TokenIndex.of(trace), law), Execution(overlap=overlap, with_attention=True)
+    found = simulate(steps, placement, topology, model, how)
+    parts = how.parts
+    turn = np.arange(24)
+    alone = []
+    for part in range(parts):
+        mine = np.flatnonzero(turn // 4 % parts == part)
+        own = Steps(trace=steps.trace, rows=steps.rows[:, mine], law=law.replace(requests=len(mine)))
+        alone.append(simulate(own, placement, topology, model, Execution(with_attention=True)))
+    serial = np.sum([run.step_us for run in alone], axis=0)
+    assert (found.step_us <= serial + 1e-9).all()
+    if overlap == "dual-batch":
+        moving = sum(sum(row.dispatch_us + row.combine_us for row in run.layers) for run in alone)
+        working = sum(run.attention_us + sum(row.compute_us for row in run.layers) for run in alone)
+        assert found.summary["mean"].value >= max(moving, working) - 1e-9
+        assert found.summary["mean"].value <= serial.mean()
+    for name in ("compute_us", "dispatch_us", "combine_us"):
+        whole = sum(getattr(row, name) for row in found.layers)
+        assert whole == pytest.approx(sum(sum(getattr(row, name) for row in run.layers) for run in alone))
+
+
+def test_mixed_steps_use_the_kernels_of_prompts() -> None:
+    """A mixed step is timed with normal kernels and tall tiles, over the tokens of both phases."""
+    trace = make_trace(5, tokens=400, requests=30, prompt=6)
+    index = TokenIndex.of(trace)
+    law = BatchLaw(phase="mixed", requests=6, prefill_requests=3, prefill_tokens=4, batches=4)
+    topology, placement = slow_topology("scale-out:2x2"), random_placement(0, SLOTS, 2, 6)
+    steps = draw_steps(trace, index, law)
+    found = simulate(steps, placement, topology, small_model())
+    turns = law.turns().tolist()
+    router = Router.of(placement, topology)
+    slow = SlowStep(topology, small_model(), "prefill")
+    for batch, step_us in zip(steps.rows.tolist(), found.step_us.tolist(), strict=True):
+        served, homes = [], [turn % 4 for turn in turns]
+        for home, row in zip(homes, batch, strict=True):
+            where = (np.array([row]), np.array([home]))
+            slots = [
+                router.choose(layer, trace_ids[None], *where)[0]
+                for layer, trace_ids in enumerate(steps.trace.experts[row])
+            ]
+            served.append([[divmod(slot, router.table.slots_per_gpu) for slot in layer.tolist()] for layer in slots])
+        assert step_us == pytest.approx(slow.step_us(served, homes, chain=False))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import random_placement
 
-from moeplace.counting import first_visits
+from moeplace import traffic
+from moeplace.balance import least_busy_split
+from moeplace.counting import count_visits, first_visits
 from moeplace.network import LOW_LATENCY, NORMAL
+from moeplace.routing import POLICIES, Router
 from moeplace.topology import load_topology
-from moeplace.traffic import chain_traffic, dispatch_traffic
+from moeplace.traffic import StepTokens, chain_traffic, dispatch_traffic, step_quotas, visit
 
 
 @given(st.integers(0, 10**6), st.integers(1, 5))
@@ -55,3 +60,72 @@ def test_chain_equals_a_plain_loop(seed: int, top_k: int) -> None:
             for target in there[token]:
                 expected[batch[token], source, target] += 1
     assert np.array_equal(chain_traffic(here, there, (batch, 2), 3).copies, expected)
+
+
+def random_tokens(seed: int, tokens: int = 40, gpus: int = 4) -> StepTokens:
+    """Tokens of three steps over 20 rows of ids."""
+    rng = np.random.default_rng(seed)
+    group = np.sort(rng.integers(0, 3, tokens))
+    return StepTokens(row=rng.integers(0, 20, tokens), group=group, num_groups=3, home=rng.integers(0, gpus, tokens))
+
+
+def random_ids(seed: int, experts: int, top_k: int) -> np.ndarray:
+    """Distinct experts of 20 rows."""
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.permutation(experts)[:top_k] for _ in range(20)]).astype(np.uint8)
+
+
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([policy for policy in POLICIES if policy != "lp"]),
+    st.sampled_from(["scale-up:4", "scale-out:2x2", "torus:2x2"]),
+    st.sampled_from([LOW_LATENCY, NORMAL]),
+)
+def test_the_loop_visits_as_numpy_does(seed: int, policy: str, spec: str, kernel: str) -> None:
+    """Token by token or in whole arrays, rows, copies and copies per node are the same, and none is lost."""
+    topology, experts = load_topology(spec), 5
+    placement = random_placement(seed, [3, 2, 3, 2], 1, experts)
+    load = np.random.default_rng(seed).integers(1, 9, (1, experts))
+    router, tokens, ids = Router.of(placement, topology, policy, load), random_tokens(seed), random_ids(seed, 5, 3)
+    plain = visit(ids, tokens, router, 0, (topology, kernel))
+    looped = traffic._by_loop(ids, tokens, router, 0, (topology, kernel))
+    for found in (plain, looped):
+        assert found.rows.sum() == 3 * len(tokens.row)
+        assert np.array_equal(found.rows, plain.rows)
+        assert np.array_equal(found.traffic.copies, plain.traffic.copies)
+        assert (found.traffic.node_copies is None) == (kernel == LOW_LATENCY)
+        if kernel == NORMAL:
+            assert np.array_equal(found.traffic.node_copies, plain.traffic.node_copies)
+
+
+def test_the_compiled_loop_visits_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, the loop gives the same for every policy and kernel."""
+    topology = load_topology("scale-out:2x2")
+    placement = random_placement(1, [3, 2, 3, 2], 1, 5)
+    tokens, ids = random_tokens(1, 500), random_ids(1, 5, 3)
+    for policy in POLICIES:
+        router = Router.of(placement, topology, policy, np.array([[5, 1, 2, 3, 1]]))
+        for kernel in (LOW_LATENCY, NORMAL):
+            monkeypatch.setattr(traffic, "COMPILE_FROM_SELECTIONS", 10**9)
+            plain = traffic._by_loop(ids, tokens, router, 0, (topology, kernel))
+            monkeypatch.setattr(traffic, "COMPILE_FROM_SELECTIONS", 1)
+            compiled = visit(ids, tokens, router, 0, (topology, kernel))
+            assert np.array_equal(plain.rows, compiled.rows)
+            assert np.array_equal(plain.traffic.copies, compiled.traffic.copies)
+
+
+@given(st.integers(0, 10**6))
+def test_every_step_is_split_as_evenly_as_can_be(seed: int) -> None:
+    """Under lp each step's busiest GPU has what the flow optimum gives it, up to one token for each split expert."""
+    topology, experts = load_topology("scale-up:4"), 5
+    placement = random_placement(seed, [3, 2, 3, 2], 1, experts)
+    router, tokens, ids = Router.of(placement, topology, "lp"), random_tokens(seed, 200), random_ids(seed, 5, 2)
+    found = visit(ids, tokens, router, 0, (topology, LOW_LATENCY))
+    load = count_visits(tokens.group, ids[tokens.row], (3, experts), distinct=False).astype(float)
+    _, least = least_busy_split(load, router.table.gpu[0], router.table.count[0], 4)
+    busiest = found.rows.sum(axis=2).max(axis=1)
+    split = int((router.table.count[0] > 1).sum())
+    assert (busiest >= least - 1e-9).all()
+    assert (busiest <= least + split).all()
+    quota = step_quotas(ids, tokens, router, 0, 4)
+    assert np.array_equal(quota[:, :, -1], load)

@@ -35,7 +35,8 @@ def open_source(
         raise click.UsageError("--cluster is for a folder or a plain archive of requests: this trace is read here")
     if rule is not None or not walked_once:
         source = spool_source(source, options)
-    return select(source, split=rule, part="test" if part == "test" else "fit", phase=options.get("phase"))
+    phase = options.get("phase") if options.get("phase") != "mixed" else None
+    return select(source, split=rule, part="test" if part == "test" else "fit", phase=phase)
 
 
 def choices_of(options: dict[str, Any]) -> Choices:
@@ -60,6 +61,9 @@ def choices_of(options: dict[str, Any]) -> Choices:
         phase=options.get("phase"),
         batch_requests=options.get("batch_requests"),
         batch_tokens=options.get("batch_tokens"),
+        batch_prefill_requests=options.get("batch_prefill_requests"),
+        batch_prefill_tokens=options.get("batch_prefill_tokens"),
+        arrival=options.get("arrival"),
         baseline=baseline,
     )
 

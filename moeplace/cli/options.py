@@ -250,6 +250,34 @@ def hardware(command: Command) -> Command:
     return command
 
 
+def execution(command: Command) -> Command:
+    """Add how an engine runs a step."""
+    for decorate in (
+        option("--attention", "with_attention", is_flag=True, help="Count the time of attention too."),
+        option("--micro-batches", type=Whole(1), help="Micro-batches of --overlap ping-pong; default 3."),
+        option(
+            "--overlap",
+            type=click.Choice(["none", "dual-batch", "ping-pong"]),
+            default="none",
+            help="How computing and communicating overlap; the last two count attention.",
+        ),
+        option(
+            "--homes",
+            type=click.Choice(["auto", "recorded", "turn", "random"]),
+            default="auto",
+            help="Which GPU holds a request: as recorded, in turn, or at random; auto: recorded if it can be.",
+        ),
+        option(
+            "--routing",
+            type=click.Choice(["even", "weighted", "nearest", "topology-aware", "lp-static", "lp"]),
+            default="even",
+            help="Which copy of an expert serves a token; lp splits every step's tokens as evenly as can be.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
 def batch_law(command: Command) -> Command:
     """Add the batch law and the dataflow."""
     for decorate in (
@@ -259,7 +287,19 @@ def batch_law(command: Command) -> Command:
             type=Whole(1),
             help="Requests in a step, over all GPUs; default 256 in decode, 64 in prefill.",
         ),
-        option("--phase", type=click.Choice(["prefill", "decode"]), help="Use only tokens of this phase."),
+        option("--batch-prefill-tokens", type=Whole(1), help="Of a mixed step: tokens of each prompt; default 128."),
+        option("--batch-prefill-requests", type=Whole(1), help="Of a mixed step: prompts in it; default 16."),
+        option(
+            "--arrival",
+            type=click.Choice(["uniform", "consecutive"]),
+            default="uniform",
+            help="Whether any requests meet in a step, or neighbours in the trace.",
+        ),
+        option(
+            "--phase",
+            type=click.Choice(["prefill", "decode", "mixed"]),
+            help="Use only tokens of this phase; mixed steps decode and take chunks of prompts.",
+        ),
         option(
             "--dataflow",
             type=click.Choice(["dispatch-combine", "context-coherent"]),

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from moeplace.cli.inputs import check_paths, choices_of, open_source, warn
-from moeplace.cli.options import Whole, batch_law, common, option, threads, trace_input
+from moeplace.cli.options import Whole, batch_law, common, execution, option, threads, trace_input
 
 SCORE_EPILOG = """\b
 Examples:
@@ -40,6 +40,7 @@ Examples:
 @option("--batches", type=Whole(2), show_default="300", help="Steps to draw.")
 @option("--seed", type=Whole(0), default=0, help="Seed of the draw.")
 @batch_law
+@execution
 @threads
 @common
 def score_command(
@@ -66,9 +67,8 @@ def score_command(
         contest.placements,
         contest.topologies,
         contest.model,
-        requests=options["batch_requests"],
-        tokens=options["batch_tokens"],
-        **{name: options[name] for name in ("phase", "dataflow", "batches", "seed", "threads")},
+        profile=_profile(trace, test, options),
+        **score_options(options),
     )
     said = (*source.meta.assumptions, *contest.assumptions, *score_sentences(scores, source, choices))
     said = (*said, *fit_sentences(contest, scores))
@@ -77,6 +77,34 @@ def score_command(
         write_json(scores_to_dict(scores))
     else:
         score_tables(scores, contest.model, recorded=isinstance(source, Counts))
+
+
+def score_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Collect what the options say about steps and how they run, as :func:`moeplace.scoring.score` takes it."""
+    from moeplace.scoring import EXECUTION_OPTIONS
+
+    overlapped = options["overlap"] != "none"
+    names = ("phase", "batches", "seed", "arrival", "threads", *EXECUTION_OPTIONS[:-1])
+    return {
+        "requests": options["batch_requests"],
+        "tokens": options["batch_tokens"],
+        "prefill_requests": options["batch_prefill_requests"],
+        "prefill_tokens": options["batch_prefill_tokens"],
+        "with_attention": options["with_attention"] or overlapped,
+        **{name: options[name] for name in names},
+    }
+
+
+def _profile(trace: str, test: str | None, options: dict[str, Any]) -> Any:
+    """Loads of the part that a split fits on, for a replica choice that goes by them; None: those of what is scored."""
+    from moeplace.affinity import load_by_phase
+    from moeplace.routing import BY_PROFILE
+    from moeplace.trace import Counts
+
+    if options["routing"] not in BY_PROFILE or test is None:
+        return None
+    fitted = open_source(trace, options, split=test, part="fit")
+    return None if isinstance(fitted, Counts) else load_by_phase(fitted).sum(axis=0)
 
 
 @click.command("diff", epilog=DIFF_EPILOG)

@@ -30,7 +30,7 @@ from moeplace.topology import Topology
 
 LOW_LATENCY, NORMAL = "low-latency", "normal"
 KERNELS = (LOW_LATENCY, NORMAL)
-KERNEL_OF_PHASE = {"decode": LOW_LATENCY, "prefill": NORMAL}
+KERNEL_OF_PHASE = {"decode": LOW_LATENCY, "prefill": NORMAL, "mixed": NORMAL}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

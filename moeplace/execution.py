@@ -1,0 +1,142 @@
+"""How an engine runs a step: dataflow, replica choice, homes of the requests, overlap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeplace.batches import BatchLaw
+from moeplace.errors import InputError, ProblemError, unknown_name
+from moeplace.fingerprint import hashed
+from moeplace.frozen import Ints, replaced
+from moeplace.objective import home_ranks
+from moeplace.overlap import MICRO_BATCHES, NONE, OVERLAPS, PING_PONG
+from moeplace.problem import CONTEXT_COHERENT, DATAFLOWS, DISPATCH_COMBINE
+from moeplace.routing import EVEN, LP, POLICIES
+from moeplace.trace import Trace
+from moeplace.traffic import StepTokens
+
+AUTO_HOMES, TURN, RECORDED, RANDOM = "auto", "turn", "recorded", "random"
+HOMES = (AUTO_HOMES, TURN, RECORDED, RANDOM)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """How an engine runs a step.
+
+    Attributes
+    ----------
+    dataflow
+        ``dispatch-combine`` or ``context-coherent``.
+    routing
+        Which copy serves a token, one of :data:`moeplace.routing.POLICIES`.
+    homes
+        Which rank holds a request: ``recorded`` by the trace, in ``turn``, at ``random`` by request; ``auto`` takes the
+        recorded ones where every rank exists, else deals in turn.
+    overlap, micro_batches
+        See :mod:`moeplace.overlap`; 0 micro-batches are the usual number.
+    with_attention
+        Count attention's time too; needed to tell what overlap wins.
+    """
+
+    dataflow: str = DISPATCH_COMBINE
+    routing: str = EVEN
+    homes: str = AUTO_HOMES
+    overlap: str = NONE
+    micro_batches: int = 0
+    with_attention: bool = False
+
+    def __post_init__(self) -> None:
+        for value, known, what in (
+            (self.routing, POLICIES, "routing"),
+            (self.homes, HOMES, "homes"),
+            (self.overlap, OVERLAPS, "overlap"),
+        ):
+            if value not in known:
+                raise unknown_name(what, value, known)
+        if self.dataflow not in DATAFLOWS:
+            raise ProblemError(f"dataflow {self.dataflow!r}", rule=f"one of {', '.join(DATAFLOWS)}")
+        if self.dataflow == CONTEXT_COHERENT and (self.overlap != NONE or self.routing == LP):
+            what = self.overlap if self.overlap != NONE else f"routing {self.routing}"
+            rule = "overlap and routing by each step's own loads need dispatch-combine"
+            raise ProblemError(f"{what} under context-coherent execution", rule=rule)
+        usual = MICRO_BATCHES[self.overlap]
+        if self.micro_batches < 0 or (self.overlap != PING_PONG and self.micro_batches not in (0, usual)):
+            rule = f"{self.overlap} has {usual}; only ping-pong has a choice"
+            raise ProblemError(f"{self.micro_batches} micro-batches", rule=rule)
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches that a step is cut into."""
+        return self.micro_batches or MICRO_BATCHES[self.overlap]
+
+    def replace(self, **changes: object) -> Execution:
+        """Copy with some fields changed."""
+        return replaced(self, **changes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """Routed tokens of many steps, ready to be placed.
+
+    Attributes
+    ----------
+    trace
+        The distinct tokens.
+    rows
+        ``[batch, step token]`` row of each token in ``trace``, in the order of the law's turns.
+    law
+        The law they were drawn by.
+    """
+
+    trace: Trace
+    rows: Ints
+    law: BatchLaw
+
+    @property
+    def num_batches(self) -> int:
+        """Number of steps."""
+        return int(self.rows.shape[0])
+
+
+def step_tokens(steps: Steps, gpus: int, execution: Execution) -> StepTokens:
+    """Every token of every step: its micro-batch and its home."""
+    batches, size = steps.rows.shape
+    row, turn = steps.rows.reshape(-1), np.tile(steps.law.turns(), batches)
+    part = _parts_of(steps.law, gpus, execution.parts)
+    group = np.repeat(np.arange(batches), size) * execution.parts + np.tile(part, batches)
+    return StepTokens(
+        row=row,
+        group=group,
+        num_groups=batches * execution.parts,
+        home=_homes_of(steps.trace, row, turn, (gpus, execution.homes)),
+    )
+
+
+def _parts_of(law: BatchLaw, gpus: int, parts: int) -> Ints:
+    """``[step token]`` micro-batch of each: requests of one rank in turn, or stretches where there are too few."""
+    turns = law.turns()
+    if parts == 1:
+        return np.zeros(len(turns), np.int64)
+    if turns[-1] + 1 >= parts * gpus:
+        return turns // gpus % parts
+    first = np.flatnonzero(np.diff(turns, prepend=-1))
+    length = np.diff(first, append=len(turns))
+    inside = np.arange(len(turns)) - np.repeat(first, length)
+    return np.where(np.repeat(length, length) >= parts, inside * parts // np.repeat(length, length), turns % parts)
+
+
+def _homes_of(trace: Trace, row: Ints, turn: Ints, rule: tuple[int, str]) -> Ints:
+    gpus, homes = rule
+    if homes == RANDOM:
+        return (hashed(trace.request[row], 0) % np.uint64(gpus)).astype(np.int64)
+    if homes == TURN:
+        return turn % gpus
+    ranks = trace.rank
+    usable = ranks is not None and ranks.size and ranks.min() >= 0 and ranks.max() < gpus
+    if homes == RECORDED and not usable:
+        what = "the trace records no ranks" if ranks is None else f"rank {int(ranks.max())} of {gpus} GPUs"
+        hint = "--homes turn or random, or a topology of as many GPUs as were recorded"
+        raise InputError(what, rule="recorded homes need a rank below the number of GPUs for every token", hint=hint)
+    return home_ranks(None if ranks is None else ranks[row], turn, gpus)
