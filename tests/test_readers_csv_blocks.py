@@ -273,3 +273,16 @@ def test_a_cut_off_gzip_names_the_line(tmp_path: Path) -> None:
         error = error_of(path, skip_bad=skip_bad)
         assert error.what == "gzip data ends early"
         assert 20_000 < error.where.line < 60_000
+
+
+def test_rows_of_a_file_that_is_read_twice(tmp_path: Path) -> None:
+    """A row that the first walk refused stays refused in the next, where the largest id is known."""
+    path = tmp_path / "t.csv"
+    path.write_text("token,layer,expert\n0,58,1\n0,58,2\n0,34,0\n0,34,3\n0,34,1\n")
+    for cache_bytes in (0, 1 << 20):
+        stream = open_csv(open_input(path), ReaderOptions(skip_bad=1, cache_bytes=cache_bytes))
+        assert isinstance(stream, CsvStream)
+        (block,) = stream.blocks()
+        assert block.experts.tolist() == [[[1, 2]]]
+        assert stream.meta.layer_ids == (58,)
+        assert "1 bad row skipped" in " ".join(stream.meta.assumptions)

@@ -79,6 +79,8 @@ class CsvStream(ColumnStream):
         shape = Shape(source.name, Declared(num_experts=num_experts), options.model)
         super().__init__(source, options, shape)
         self._file, self._layout = source, layout
+        # the same for every walk: a smaller one would refuse other rows than the first walk did
+        self._limit = shape.limit
         self._parse_bad = BadRows(options.skip_bad)
         self._requests = Labels()
         self._layer_rows = KeptBlocks(self._parsed, columns_bytes, self._keep_bytes)
@@ -131,7 +133,7 @@ class CsvStream(ColumnStream):
         """Yield blocks of rows of one layer each."""
         bad = self._parse_bad = BadRows(self._options.skip_bad)
         counted = _Counted()
-        parser = RowParser(self._file.name, self._layout, self._shape.limit)
+        parser = RowParser(self._file.name, self._layout, self._limit)
         walk = RowWalk(self._file, parser, self._shape, bad).blocks(self._options.block_bytes)
         yield from blocks_of((self._columns(rows, counted) for rows in walk), self._options.block_bytes)
 
