@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gc
 import gzip
 import io
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +288,19 @@ def test_rows_of_a_file_that_is_read_twice(tmp_path: Path) -> None:
         assert block.experts.tolist() == [[[1, 2]]]
         assert stream.meta.layer_ids == (58,)
         assert "1 bad row skipped" in " ".join(stream.meta.assumptions)
+
+
+def test_a_stream_that_is_dropped_is_freed_at_once(tmp_path: Path) -> None:
+    """The blocks of a stream that nobody holds go with it, without waiting for the garbage collector."""
+    path = tmp_path / "t.csv"
+    path.write_bytes(PLAIN)
+    stream = open_csv(open_input(path), ReaderOptions())
+    assert isinstance(stream, CsvStream)
+    assert len(list(stream.blocks())) == 1
+    left = weakref.ref(stream)
+    gc.disable()
+    try:
+        del stream
+        assert left() is None
+    finally:
+        gc.enable()
