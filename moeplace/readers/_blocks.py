@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from inspect import ismethod
 from itertools import islice
 from typing import Generic, TypeVar
+from weakref import WeakMethod
 
 Block = TypeVar("Block")
 
@@ -34,7 +36,11 @@ class KeptBlocks(Generic[Block]):
         limit_bytes: int | None,
         live: Iterator[Block] | None = None,
     ) -> None:
-        self._parse, self._size_bytes, self._limit_bytes = parse, size_bytes, limit_bytes
+        self._size_bytes, self._limit_bytes = size_bytes, limit_bytes
+        # a method of the stream that holds these blocks: were it held, both would outlive their use until the
+        # collector runs, which large arrays do not bring about
+        self._parse: Callable[[], Callable[[], Iterator[Block]] | None]
+        self._parse = WeakMethod(parse) if ismethod(parse) else lambda: parse
         self._live = live
         self._kept: list[Block] | None = []
         self._kept_bytes = 0
@@ -59,14 +65,20 @@ class KeptBlocks(Generic[Block]):
                 yield from rest
                 return
         # another walk went past the limit meanwhile: go on with a fresh one
-        yield from islice(self._parse(), done, None)
+        yield from islice(self._started(), done, None)
+
+    def _started(self) -> Iterator[Block]:
+        parse = self._parse()
+        if parse is None:
+            raise ReferenceError("blocks of a stream that is gone")
+        return parse()
 
     def _advance(self) -> tuple[Block | None, Iterator[Block] | None]:
         """Parse one block further; hand the running walk to the caller when the block does not fit."""
         if self._failure is not None:
             raise self._failure
         if self._live is None:
-            self._live = self._parse()
+            self._live = self._started()
         try:
             block = next(self._live, None)
         except BaseException as exc:

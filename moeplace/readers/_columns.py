@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -144,6 +144,24 @@ class BlockBuilder:
         """Return what has been taken in since the last block."""
         parts, self._parts, self._bytes = self._parts, [], 0
         return frozen_columns(parts) if parts else None
+
+
+def blocks_of(parts: Iterable[Columns], num_ids: int) -> Iterator[Columns]:
+    """Cut parts of rows, joined end to end, into blocks of the fewest rows that have ``num_ids`` expert ids."""
+    kept: list[Columns] = []
+    num_kept = 0
+    for part in parts:
+        num_rows, start = len(part["experts"]), 0
+        size = -(-num_ids * num_rows // part["experts"].size)
+        while num_kept + num_rows - start >= size:
+            end = start + size - num_kept
+            yield frozen_columns([*kept, {name: column[start:end] for name, column in part.items()}])
+            kept, num_kept, start = [], 0, end
+        if start < num_rows:
+            kept.append({name: column[start:] for name, column in part.items()})
+            num_kept += num_rows - start
+    if kept:
+        yield frozen_columns(kept)
 
 
 def tally(bad: BadRows, error: InputError, file: str) -> None:

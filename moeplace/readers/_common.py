@@ -178,6 +178,15 @@ class RunningNumbers:
         return np.asarray(numbers + starts[inverse])
 
 
+def changes(*keys: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Mark the elements that differ from the one before in any of the keys; the first one does."""
+    marks = np.zeros(len(keys[0]), np.bool_)
+    marks[:1] = True
+    for key in keys:
+        marks[1:] |= key[1:] != key[:-1]
+    return marks
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdLimit:
     """How many experts a layer has, and who says so; by default what is accepted while nobody has said it."""

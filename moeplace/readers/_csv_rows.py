@@ -1,16 +1,21 @@
-"""CSV rows of one layer each: which column holds what, and what each row says."""
+"""CSV rows of one layer each, one at a time: which column holds what, what a row says, and where it breaks a rule.
+
+This is the slow path. Whole blocks go through :mod:`moeplace.readers._csv_blocks`, which leaves to it only those in
+which a row is bad or oddly written.
+"""
 
 from __future__ import annotations
 
 import csv
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from moeplace.errors import InputError, Location, TraceError
+from moeplace.errors import Location, TraceError
 from moeplace.readers._common import IdLimit, top_k_problem
+from moeplace.readers._csv_lines import Record
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "layer": ("layer", "layer id", "layer idx", "layer index"),
@@ -22,18 +27,10 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "step": ("step",),
 }
 _NUMBERED = re.compile(r"(?:expert|topk|top|id|e)[ _]?(\d+)")
-_PHASES = {"prefill": 0, "prompt": 0, "p": 0, "0": 0, "decode": 1, "generation": 1, "d": 1, "1": 1}
+PHASES = {"prefill": 0, "prompt": 0, "p": 0, "0": 0, "decode": 1, "generation": 1, "d": 1, "1": 1}
 _ZEROS = frozenset({"0", "0.0", "0.00", "0.0000", "0.000000", "0.00000000"})
 _SPACED = str.maketrans(dict.fromkeys("[](),;|", " "))
-_INTEGER = re.compile(r"\s*[+-]?\d{1,18}\s*")
-
-
-class Record(NamedTuple):
-    """One CSV row: the line it starts in, its text (several lines when a quoted cell has line ends) and its cells."""
-
-    line: int
-    text: str
-    cells: list[str]
+INTEGER = re.compile(r"\s*[+-]?\d{1,18}\s*")
 
 
 class Row(NamedTuple):
@@ -71,6 +68,16 @@ class Layout:
     signed: bool = False
     header: bool = True
 
+    @property
+    def joins(self) -> bool:
+        """True when consecutive rows of one choice each make up a top-k."""
+        return self.expert is not None and self.position is not None
+
+    @property
+    def only_counts(self) -> bool:
+        """True when rows are choices of nobody knows which token."""
+        return self.expert is not None and self.position is None
+
 
 def layout_of(lines: Sequence[str]) -> Layout | None:
     """Find the layout from the first lines (comments left out); None when they are not such a CSV file."""
@@ -79,7 +86,7 @@ def layout_of(lines: Sequence[str]) -> Layout | None:
     delimiter = max(",;\t", key=lines[0].count)
     rows = list(csv.reader(lines[:2], delimiter=delimiter))
     first, second = rows[0], rows[1] if len(rows) > 1 else []
-    if all(_INTEGER.fullmatch(cell) for cell in first):
+    if all(INTEGER.fullmatch(cell) for cell in first):
         return _headerless(first, delimiter)
     names = [re.sub(r"[\s_-]+", " ", name.strip().lower()) for name in first]
     at: dict[str, Any] = {
@@ -110,51 +117,6 @@ def layout_of(lines: Sequence[str]) -> Layout | None:
     )
 
 
-def read_records(stream: BinaryIO, file: str, layout: Layout) -> Iterator[Record]:
-    """Yield the rows after the header; blank lines and leading comments (``#``) are left out.
-
-    Raises
-    ------
-    TraceError
-        A line is not UTF-8, a quoted cell never ends, or compressed data is damaged.
-    """
-    pending: list[str] = []
-    number = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal number
-        started = False
-        for line in stream:
-            number += 1
-            text = _decoded(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, file, number)
-            if not started and (text.startswith("#") or not text.strip()):
-                continue
-            started = True
-            pending.append(text)
-            yield text
-
-    reader = csv.reader(lines(), delimiter=layout.delimiter, strict=True)
-    header = layout.header
-    while True:
-        pending.clear()
-        try:
-            cells = next(reader, None)
-        except csv.Error as exc:
-            where = Location(file=file, line=number - len(pending) + 1)
-            rule, hint = "cells with line ends or quotes are quoted", "was the recording cut off?"
-            raise TraceError(f"not CSV: {exc}", rule=rule, hint=hint, where=where) from exc
-        except InputError as exc:
-            if isinstance(exc, TraceError):
-                raise
-            where = Location(file=file, line=number + 1)
-            raise TraceError(exc.what, rule=exc.rule, hint=exc.hint, where=where) from exc
-        if cells is None:
-            return
-        if not header and cells:
-            yield Record(number - len(pending) + 1, "".join(pending), cells)
-        header = False
-
-
 class RowParser:
     """Turns records into rows.
 
@@ -171,7 +133,7 @@ class RowParser:
     def __init__(self, file: str, layout: Layout, limit: IdLimit) -> None:
         self.file, self.layout, self.limit = file, layout, limit
         self.named_requests: bool | None = None
-        self._sequence, self._last = 0, -1
+        self.sequence, self.last = 0, -1
 
     def parse(self, record: Record) -> Row:
         """Read one row.
@@ -226,7 +188,7 @@ class RowParser:
             try:
                 ids, first = list(map(int, text.translate(_SPACED).split())), layout.ids
             except ValueError as exc:
-                odd = next(m for m in re.finditer(r"[^\s\[\](),;|]+", text) if not _INTEGER.fullmatch(m[0]))
+                odd = next(m for m in re.finditer(r"[^\s\[\](),;|]+", text) if not INTEGER.fullmatch(m[0]))
                 said = (f"expert id {odd[0]}", "expert ids are integers", None)
                 raise self.error(record, layout.ids, odd.start(), said) from exc
         else:
@@ -260,26 +222,26 @@ class RowParser:
         if self.layout.request is None:
             if self.layout.signed and position is not None:
                 # the next prompt begins: files of several runs are joined end to end
-                self._sequence += self._last >= 0 > position
-                self._last = position
-            return self._sequence
+                self.sequence += self.last >= 0 > position
+                self.last = position
+            return self.sequence
         text = record.cells[self.layout.request].strip()
         if self.named_requests is None:
-            self.named_requests = not _INTEGER.fullmatch(text)
+            self.named_requests = not INTEGER.fullmatch(text)
         return text if self.named_requests else self._integer(record, self.layout.request, "the request")
 
     def _phase(self, record: Record, position: int | None) -> int | None:
         if self.layout.phase is None:
             return int(position >= 0) if self.layout.signed and position is not None else None
         text = record.cells[self.layout.phase].strip().lower()
-        if text not in _PHASES:
+        if text not in PHASES:
             said = (f"phase {text!r}", "phase is prefill or decode", None)
             raise self.error(record, self.layout.phase, 0, said)
-        return _PHASES[text]
+        return PHASES[text]
 
     def _integer(self, record: Record, index: int, name: str) -> int:
         text = record.cells[index]
-        if not _INTEGER.fullmatch(text):
+        if not INTEGER.fullmatch(text):
             raise self.error(record, index, 0, (f"{text!r} in place of {name}", f"{name} is an integer", None))
         return int(text)
 
@@ -308,21 +270,12 @@ def _is_matrix(values: Sequence[str]) -> bool:
     """True for one score per expert; False for ids, which are integers and differ."""
     if not values:
         return False
-    integers = all(_INTEGER.fullmatch(value) for value in values)
+    integers = all(INTEGER.fullmatch(value) for value in values)
     return not integers or len(set(values)) < len(values) or set(values) <= {"0", "1"}
 
 
 def _is_integer(row: Sequence[str], index: int) -> bool:
-    return index < len(row) and _INTEGER.fullmatch(row[index]) is not None
-
-
-def _decoded(line: bytes, file: str, number: int) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError as exc:
-        where = Location(file=file, line=number, column=len(line[: exc.start].decode()) + 1)
-        what = f"byte 0x{line[exc.start]:02x} is not UTF-8"
-        raise TraceError(what, rule="CSV is UTF-8", hint="write the trace as UTF-8", where=where) from exc
+    return index < len(row) and INTEGER.fullmatch(row[index]) is not None
 
 
 def _offset_of(text: str, i: int) -> int:

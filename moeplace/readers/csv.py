@@ -11,26 +11,35 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 
 from moeplace.errors import Location, TraceError
 from moeplace.files import InputFile
 from moeplace.readers._blocks import KeptBlocks
-from moeplace.readers._columns import ColumnStream, columns_bytes, tally
-from moeplace.readers._common import NO_PHASE, NO_POSITION, NO_REQUEST, BadRows, Columns, Labels, ReaderOptions
+from moeplace.readers._columns import ColumnStream, blocks_of, columns_bytes
+from moeplace.readers._common import (
+    NO_PHASE,
+    NO_POSITION,
+    NO_REQUEST,
+    BadRows,
+    Columns,
+    Labels,
+    ReaderOptions,
+    changes,
+)
 from moeplace.readers._counts import checked_counts
-from moeplace.readers._csv_rows import Layout, Record, Row, RowParser, layout_of, read_records
+from moeplace.readers._csv_blocks import Rows
+from moeplace.readers._csv_rows import Layout, RowParser, layout_of
+from moeplace.readers._csv_walk import RowWalk
 from moeplace.readers._meta import Declared, Shape
 from moeplace.readers._route import TokenAssembler
-from moeplace.trace import DECODE, Counts, TraceStream
+from moeplace.trace import DECODE, MAX_EXPERTS, Counts, IntArray, TraceStream
 
 NAME = "csv"
 DESCRIPTION = "CSV: a row per token and layer (moe-beyond, DynaNDE, llama.cpp moe-trace), or per choice"
 
 _RULE = "a CSV trace has a header that names the layer and the experts"
-_ROUNDED = "a score rounded to 0 hides a choice: write more digits"
 
 
 def sniff(head: bytes, name: str) -> int:
@@ -57,7 +66,7 @@ def open(source: InputFile, options: ReaderOptions) -> TraceStream | Counts:
     if layout is None:
         where = Location(file=source.name, line=1, column=1)
         raise TraceError("no layer or no experts among the columns", rule=_RULE, where=where)
-    if layout.expert is not None and layout.position is None:
+    if layout.only_counts:
         return _counted(source, layout, options)
     return CsvStream(source, options, layout)
 
@@ -70,6 +79,8 @@ class CsvStream(ColumnStream):
         shape = Shape(source.name, Declared(num_experts=num_experts), options.model)
         super().__init__(source, options, shape)
         self._file, self._layout = source, layout
+        # the same for every walk: a smaller one would refuse other rows than the first walk did
+        self._limit = shape.limit
         self._parse_bad = BadRows(options.skip_bad)
         self._requests = Labels()
         self._layer_rows = KeptBlocks(self._parsed, columns_bytes, self._keep_bytes)
@@ -121,122 +132,66 @@ class CsvStream(ColumnStream):
     def _parsed(self) -> Iterator[Columns]:
         """Yield blocks of rows of one layer each."""
         bad = self._parse_bad = BadRows(self._options.skip_bad)
-        gathered = _Gathered(self._requests)
-        for row in _rows_of(self._file, self._layout, self._shape, bad):
-            gathered.add(row)
-            if gathered.num_ids >= self._options.block_bytes:
-                yield gathered.taken()
-        bad.check()
-        if gathered.num_ids:
-            yield gathered.taken()
+        counted = _Counted()
+        parser = RowParser(self._file.name, self._layout, self._limit)
+        walk = RowWalk(self._file, parser, self._shape, bad).blocks(self._options.block_bytes)
+        yield from blocks_of((self._columns(rows, counted) for rows in walk), self._options.block_bytes)
 
-
-class _Gathered:
-    """Rows collected into columns."""
-
-    def __init__(self, requests: Labels) -> None:
-        self._requests, self._counted = requests, dict[tuple[int, Any], int]()
-        self._rows: list[Row] = []
-        self._positions: list[int] = []
-        self.num_ids = 0
-
-    def add(self, row: Row) -> None:
-        """Take a row in; without a position it is its request's next token in this layer."""
-        position = row.position
-        if position is None:
-            key = (row.layer, row.request)
-            position = self._counted[key] = self._counted.get(key, -1) + 1
-        self._rows.append(row)
-        self._positions.append(position)
-        self.num_ids += len(row.ids)
-
-    def taken(self) -> Columns:
-        """Return the columns of all rows since the last time."""
-        rows, positions = self._rows, self._positions
-        self._rows, self._positions, self.num_ids = [], [], 0
-        requests = self._requests.numbers([row.request for row in rows])
-        columns: Columns = {
-            "experts": np.array([row.ids for row in rows], np.int32)[:, None, :],
-            "request": np.zeros(len(rows), np.int64) if requests is None else requests,
-            "position": np.array(positions, np.int64),
-            "layer": np.array([row.layer for row in rows], np.int64),
-            "line": np.array([row.line for row in rows], np.int64),
-        }
-        if rows[0].phase is not None:
-            columns["phase"] = np.array([row.phase for row in rows], np.uint8)
-        if rows[0].step is not None:
-            columns["step"] = np.array([row.step for row in rows], np.int64)
+    def _columns(self, rows: Rows, counted: _Counted) -> Columns:
+        request = rows.request
+        if rows.names is not None:
+            numbers = self._requests.numbers(rows.names)
+            request = request if numbers is None else numbers[request]
+        position = counted.positions(rows.layer, request) if rows.position is None else rows.position
+        columns: Columns = {"experts": rows.ids[:, None, :], "request": request, "position": position}
+        columns |= {"layer": rows.layer, "line": rows.line}
+        for name in ("phase", "step"):
+            if getattr(rows, name) is not None:
+                columns[name] = getattr(rows, name)
         return columns
 
 
-def _rows_of(source: InputFile, layout: Layout, shape: Shape, bad: BadRows) -> Iterator[Row]:
-    """Yield the good rows, each with its whole top-k, and tally the bad ones."""
-    parser = RowParser(source.name, layout, shape.limit)
-    top_k = shape.top_k
-    with source.stream() as stream:
-        records = read_records(stream, source.name, layout)
-        whole = _joined(records, parser, bad) if layout.expert is not None else _single(records, parser, bad)
-        for record, row in whole:
-            if top_k is None:
-                shape.set_top_k(top_k := len(row.ids))
-            if len(row.ids) != top_k:
-                what = f"{len(row.ids)} experts: {row.ids}"
-                said = (what, f"top-{top_k} in every row", _ROUNDED if layout.matrix else None)
-                index = layout.ids if layout.ids is not None else (layout.numbered or (layout.expert or 0,))[0]
-                tally(bad, parser.error(record, index, 0, said), source.name)
-            else:
-                yield row
+class _Counted:
+    """Positions where a file gives none: a row is its request's next token in its layer."""
 
+    def __init__(self) -> None:
+        self._next: dict[tuple[int, int], int] = {}
 
-def _single(records: Iterator[Record], parser: RowParser, bad: BadRows) -> Iterator[tuple[Record, Row]]:
-    """Yield every good row."""
-    for record in records:
-        try:
-            row = parser.parse(record)
-        except TraceError as exc:
-            tally(bad, exc, parser.file)
-            continue
-        yield record, row
-
-
-def _joined(records: Iterator[Record], parser: RowParser, bad: BadRows) -> Iterator[tuple[Record, Row]]:
-    """Join consecutive rows of one choice each into the top-k of one token and layer."""
-    current: tuple[Record, Row] | None = None
-    for record, row in _single(records, parser, bad):
-        if current is None or row[1:6] != current[1][1:6]:
-            if current is not None:
-                yield current
-            current = record, row
-            continue
-        try:
-            parser.check(record, [*current[1].ids, *row.ids], parser.layout.expert or 0)
-        except TraceError as exc:
-            tally(bad, exc, parser.file)
-            continue
-        current[1].ids.extend(row.ids)
-    if current is not None:
-        yield current
+    def positions(self, layer: IntArray, request: IntArray) -> IntArray:
+        """Positions of consecutive rows. Complexity: O(rows), plus a look-up where the layer or the request changes."""
+        starts = np.flatnonzero(changes(layer, request))
+        lengths = np.diff(starts, append=len(layer))
+        bases = []
+        keys = zip(layer[starts].tolist(), request[starts].tolist(), strict=True)
+        for key, start, length in zip(keys, starts.tolist(), lengths.tolist(), strict=True):
+            number = self._next.get(key, 0)
+            self._next[key] = number + length
+            bases.append(number - start)
+        return np.arange(len(layer)) + np.repeat(bases, lengths)
 
 
 def _counted(source: InputFile, layout: Layout, options: ReaderOptions) -> Counts:
     """Count the rows of ``layer, expert``."""
     shape = Shape(source.name, Declared(), options.model)
-    parser, bad = RowParser(source.name, layout, shape.limit), BadRows(options.skip_bad)
+    bad = BadRows(options.skip_bad)
+    walk = RowWalk(source, RowParser(source.name, layout, shape.limit), shape, bad)
     seen: dict[tuple[int, int], int] = {}
-    with source.stream() as stream:
-        for _, row in _single(read_records(stream, source.name, layout), parser, bad):
-            key = (row.layer, row.ids[0])
-            seen[key] = seen.get(key, 0) + 1
-    bad.check()
+    for rows in walk.blocks(options.block_bytes):
+        layers = np.unique(rows.layer)
+        cell = np.searchsorted(layers, rows.layer) * MAX_EXPERTS + rows.ids[:, 0]
+        cells, counts = np.unique(cell, return_counts=True)
+        for cell, count in zip(cells.tolist(), counts.tolist(), strict=True):
+            key = (int(layers[cell // MAX_EXPERTS]), cell % MAX_EXPERTS)
+            seen[key] = seen.get(key, 0) + count
     if not seen:
         raise TraceError("holds no choices", rule="one row per choice", where=Location(file=source.name))
-    layers = sorted({layer for layer, _ in seen})
+    layer_ids = sorted({layer for layer, _ in seen})
     shape.set_num_experts(max(expert for _, expert in seen))
-    counts = np.zeros((len(layers), shape.num_experts or 1), np.int64)
+    table = np.zeros((len(layer_ids), shape.num_experts or 1), np.int64)
     for (layer, expert), count in seen.items():
-        counts[layers.index(layer), expert] = count
+        table[layer_ids.index(layer), expert] = count
     notes = [*shape.assumptions, "rows do not say which token chose: only counts can be read", *bad.sentence()]
-    return checked_counts(counts, "counts", source.name, {"layer_ids": layers, "assumptions": notes}, options)
+    return checked_counts(table, "counts", source.name, {"layer_ids": layer_ids, "assumptions": notes}, options)
 
 
 def _first_lines(head: bytes) -> list[str]:
