@@ -10,8 +10,9 @@ import numpy as np
 
 from moeplace.affinity import RoutingStats, count_routing
 from moeplace.batches import DEFAULT_PREFILL_TOKENS, DEFAULT_REQUESTS, MIXED, UNIFORM, BatchLaw
+from moeplace.calibration import calibrate, read_compute_table
 from moeplace.checks import check_stats, identical_start
-from moeplace.errors import InputError, ProblemError, UnknownNameError
+from moeplace.errors import InputError, ProblemError, UnknownNameError, unknown_name
 from moeplace.frozen import Floats, Ints
 from moeplace.metrics import max_over_mean
 from moeplace.model import ModelSpec, generic_model, load_model
@@ -25,6 +26,7 @@ from moeplace.trace import DECODE, PHASES, PREFILL, Counts, TraceMeta, TraceStre
 
 DEFAULT_GPUS = 8
 RISKS = ("mean", "p95", "p99", "cvar95")
+WIRE_BYTES = {"fp8": 1, "bf16": 2}
 UNKNOWN_MODEL = "unknown model"
 
 
@@ -36,6 +38,10 @@ class Choices:
     ----------
     model, topology, accelerator
         Names or TOML files; a topology may be ``KIND:DIMS``.
+    compute_table
+        CSV file of measured expert GEMMs that the accelerator's compute constants are fitted to.
+    dispatch_dtype, combine_dtype
+        ``fp8`` or ``bf16``: what activations are sent as, to experts and back.
     num_gpus
         Must agree with the topology, or alone means one scale-up domain.
     redundant, slots_per_gpu
@@ -55,6 +61,9 @@ class Choices:
     model: str | None = None
     topology: str | None = None
     accelerator: str | None = None
+    compute_table: str | None = None
+    dispatch_dtype: str | None = None
+    combine_dtype: str | None = None
     num_gpus: int | None = None
     redundant: int | None = None
     slots_per_gpu: int | None = None
@@ -107,9 +116,9 @@ def build_problem(
             hint="leave --risk out; moeplace score shows the tail of every placement",
         )
     check_law(source, requests=choices.batch_requests, tokens=choices.batch_tokens)
-    model = model_for(source.meta, choices.model)
+    model = sent_as(model_for(source.meta, choices.model), choices)
     stats = count_routing(source, threads=threads)
-    topology = topology_for(choices, stats)
+    topology, _ = measured(topology_for(choices, stats), model, choices)
     slots = slots_for(
         stats.meta.num_experts, topology.num_gpus, redundant=choices.redundant, per_gpu=choices.slots_per_gpu
     )
@@ -155,6 +164,23 @@ def model_for(meta: TraceMeta, name: str | None) -> ModelSpec:
         return load_model(name)
     known = preset_for(meta, meta.model_id)
     return known or generic_model(meta.num_experts, meta.top_k, meta.layer_ids, meta.model_id or UNKNOWN_MODEL)
+
+
+def sent_as(model: ModelSpec, choices: Choices) -> ModelSpec:
+    """Return a model whose activations are sent in the chosen formats."""
+    asked = {"dispatch_bytes": choices.dispatch_dtype, "combine_bytes": choices.combine_dtype}
+    for dtype in asked.values():
+        if dtype is not None and dtype not in WIRE_BYTES:
+            raise unknown_name("dtype", dtype, list(WIRE_BYTES))
+    return model.replace(**{name: WIRE_BYTES[dtype] for name, dtype in asked.items() if dtype is not None})
+
+
+def measured(topology: Topology, model: ModelSpec, choices: Choices) -> tuple[Topology, tuple[str, ...]]:
+    """Return a topology whose GPUs compute as the chosen table says, and a sentence on how well that fits."""
+    if choices.compute_table is None:
+        return topology, ()
+    fit = calibrate(topology.accelerator, model, read_compute_table(choices.compute_table))
+    return topology.replace(accelerator=fit.accelerator), (str(fit),)
 
 
 def preset_for(meta: TraceMeta, name: str | None) -> ModelSpec | None:
@@ -208,6 +234,8 @@ def assumptions(problem: Problem, choices: Choices) -> tuple[str, ...]:
         said.append(
             f"topology {problem.topology.name} of {problem.topology.accelerator.name}; --topology names another"
         )
+    if choices.compute_table is not None:
+        said += measured(topology_for(choices, problem.stats), problem.model, choices)[1]
     if not problem.stats.has_tokens:
         said.append("the trace holds only counts: load can be optimised, affinity and copies cannot be seen")
     elif problem.stats.source_load is None:

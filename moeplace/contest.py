@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moeplace.build import Choices, check_law, law_sentences, model_for, model_sentence, preset_for, topology_for
+from moeplace.build import (
+    Choices,
+    check_law,
+    law_sentences,
+    measured,
+    model_for,
+    model_sentence,
+    preset_for,
+    sent_as,
+    topology_for,
+)
 from moeplace.diff import Change, compare_placements
 from moeplace.errors import InputError, ProblemError, UnknownNameError, unknown_name
 from moeplace.exporters import read_placement
@@ -79,13 +89,15 @@ def build_contest(
     files = _load(names)
     known = [file for file in files.values() if file is not None]
     places, said = _topologies(topologies, choices, known)
-    model = _model(source.meta, choices.model, known, said)
+    model = sent_as(_model(source.meta, choices.model, known, said), choices)
+    fitted = [measured(place, model, choices) for place in places]
+    said += dict.fromkeys(sentence for _, told in fitted for sentence in told)
     said += _other_dataflows(files, choices.dataflow)
     gpus, meta = places[0].num_gpus, source.meta
     linear = contiguous(slots_for(meta.num_experts, gpus), meta.num_layers, meta.num_experts)
     return Contest(
         placements={label: linear if file is None else file.placement for label, file in files.items()},
-        topologies=tuple(places),
+        topologies=tuple(place for place, _ in fitted),
         model=model,
         assumptions=tuple(said),
         fitted_on={label: _trace_digest(file) for label, file in files.items() if file is not None},
@@ -154,7 +166,7 @@ def _topologies(
         return [topology_for(replace(choices, topology=spec)) for spec in specs], []
     named = dict.fromkeys(_topology_of(file) for file in files)
     if choices.num_gpus is None and len(named) == 1 and (told := next(iter(named))) is not None:
-        topology = _rebuilt(*told, choices.accelerator)
+        topology = _rebuilt(*told, choices)
         said = f"topology {topology.name} of {topology.accelerator.name}, as the placement files name it"
         return [topology], [said]
     sizes = dict.fromkeys(file.placement.num_gpus for file in files)
@@ -173,16 +185,17 @@ def _topology_of(file: PlacementFile) -> tuple[str, str] | None:
     return told["name"], str(told.get("digest", ""))
 
 
-def _rebuilt(name: str, digest: str, accelerator: str | None) -> Topology:
+def _rebuilt(name: str, digest: str, choices: Choices) -> Topology:
     try:
-        topology = load_topology(name, accelerator=accelerator)
+        topology = load_topology(name, accelerator=choices.accelerator)
     except (UnknownNameError, InputError):
         topology = None
-    if topology is None or (accelerator is None and digest and topology.digest() != digest):
+    same = choices.accelerator is None and choices.compute_table is None
+    if topology is None or (same and digest and topology.digest() != digest):
         raise ProblemError(
             f"the placement was made for {name!r}, which cannot be rebuilt from its name",
             rule="a topology is a preset, a TOML file, or KIND:DIMS of an accelerator",
-            hint="give --topology, and --accelerator if it was not the default",
+            hint="give --topology, and --accelerator and --compute-table if they were given then",
         )
     return topology
 

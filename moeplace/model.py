@@ -174,13 +174,16 @@ class ModelSpec:
     @property
     def bytes_per_copy_dispatch(self) -> int:
         """Bytes of one token's activation sent to one place: elements, and the scales if they are fp8 [bytes]."""
-        scales = -(-self.hidden // _FP8_BLOCK) * _SCALE_BYTES if self.dispatch_bytes == 1 else 0
-        return self.hidden * self.dispatch_bytes + scales
+        return self._bytes_per_copy(self.dispatch_bytes)
 
     @property
     def bytes_per_copy_combine(self) -> int:
-        """Bytes of one token's partial result sent back [bytes]."""
-        return self.hidden * self.combine_bytes
+        """Bytes of one token's partial result sent back: elements, and the scales if they are fp8 [bytes]."""
+        return self._bytes_per_copy(self.combine_bytes)
+
+    def _bytes_per_copy(self, element_bytes: int) -> int:
+        scales = -(-self.hidden // _FP8_BLOCK) * _SCALE_BYTES if element_bytes == 1 else 0
+        return self.hidden * element_bytes + scales
 
     @property
     def expert_weight_bytes(self) -> int:

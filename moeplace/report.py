@@ -13,19 +13,14 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from moeplace.build import law_words, plural
 from moeplace.diff import Change, move_terms
 from moeplace.metrics import max_over_mean
-from moeplace.model import ModelSpec
 from moeplace.problem import Problem
-from moeplace.scoring import Score
 from moeplace.solution import Incumbent, Report, Solution, relative_gap
-from moeplace.tails import QUANTILES, tail_steps
 
 GAP_BETWEEN = "  "
 LOG_EVERY_S = 0.5
 MIN_TEXT_WIDTH = 24
-MIN_TAIL_STEPS = 10
 STATUS_WORDS = {
     "optimal": "optimal: no placement is better",
     "feasible": "feasible: valid, and no worse than the gap says",
@@ -299,68 +294,6 @@ def _moves(problem: Problem, solution: Solution) -> dict[str, str]:
     copies, total = int(terms["moved_copies"].value), int(solution.placement.used_slots().sum())
     volume = f"{terms['moved_bytes'].value / 1e9:,.2f} GB"
     return {"moves": f"{copies:,} of {total:,} copies ({copies / total:.1%}), {volume}, against the baseline"}
-
-
-def score_tables(scores: Sequence[Score], model: ModelSpec, *, recorded: bool = False) -> None:
-    """Write one table per topology and phase: rows are figures, columns placements.
-
-    ``recorded`` says that the steps are the recorded ones, not drawn from tokens.
-    """
-    groups: dict[tuple[str, str], list[Score]] = {}
-    for entry in scores:
-        groups.setdefault((entry.topology, entry.law.phase), []).append(entry)
-    for place, ((topology, phase), group) in enumerate(groups.items()):
-        out, law = console(), group[0].law
-        if place:
-            say("", out)
-        drawn = f"{plural(law.batches, 'step')} of {law_words(law)}"
-        steps = f"{law.batches:,} recorded steps of {law.requests:,} tokens on average" if recorded else drawn
-        say(f"{topology}, {phase}: {steps}, {group[0].execution.dataflow}, {model.name}", out, "bold")
-        write_table(_score_rows(group), right=range(1, len(group) + 1))
-        beyond = tail_steps(law.batches, QUANTILES["p99"])
-        if beyond < MIN_TAIL_STEPS:
-            more = "" if recorded else ", or use more --batches"
-            say(f"p99 rests on {beyond:g} steps beyond it: read it with its interval{more}", out)
-
-
-def _score_rows(group: Sequence[Score]) -> list[list[str]]:
-    rows = [["figure", *[entry.placement for entry in group]]]
-    for name in ("mean", "p50", "p95", "p99", "cvar95"):
-        cells = []
-        for entry in group:
-            value = entry.simulation.summary[name]
-            half = max(value.high - value.value, value.value - value.low)
-            cells.append(f"{value.value:,.1f} ± {half:,.1f}")
-        rows.append([f"step {'CVaR95' if name == 'cvar95' else name} [µs]", *cells])
-    if len(group) > 1:
-        base = group[0].simulation.summary["mean"].value
-        rows.append(["mean against first", *[_change(e.simulation.summary["mean"].value, base) for e in group]])
-    for part in ("compute", "dispatch", "combine"):
-        totals = [sum(getattr(row, f"{part}_us") for row in e.simulation.layers) for e in group]
-        rows.append([f"{part} [µs]", *[f"{total:,.1f}" for total in totals]])
-    rows.append(["load max/mean, trace", *[f"{e.max_over_mean.mean():.4f}" for e in group]])
-    rows.append(["load max/mean, step", *[_step_load(e) for e in group]])
-    rows.append(["noise floor", *[f"{e.simulation.noise_floor:.4f}" for e in group]])
-    for name, words in TRAFFIC_WORDS.items():
-        values = [getattr(e.traffic, name) for e in group]
-        if any(value is not None for value in values):
-            rows.append([words, *["-" if value is None else f"{value:.4f}" for value in values]])
-    rows.append(["busiest", *[_busiest(e) for e in group]])
-    return rows
-
-
-def _change(value: float, base: float) -> str:
-    return f"{value / base - 1:+.2%}"
-
-
-def _step_load(entry: Score) -> str:
-    rows = entry.simulation.layers
-    return f"{sum(row.max_over_mean for row in rows) / len(rows):.4f}"
-
-
-def _busiest(entry: Score) -> str:
-    ranked = entry.simulation.bottlenecks
-    return f"{ranked[0][0]} {ranked[0][1]:.0%}" if ranked else "-"
 
 
 def diff_table(change: Change) -> None:

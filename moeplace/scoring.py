@@ -15,7 +15,9 @@ from moeplace.execution import Execution, Steps
 from moeplace.frozen import Floats, Ints
 from moeplace.metrics import TrafficMetrics, max_over_mean, traffic_metrics
 from moeplace.model import ModelSpec
+from moeplace.naive import NaiveTimes, naive_times
 from moeplace.placement import Placement
+from moeplace.problem import DISPATCH_COMBINE
 from moeplace.routing import Router
 from moeplace.simulate import Simulation, check_shapes, simulate, simulate_counts
 from moeplace.tails import Estimate
@@ -41,6 +43,8 @@ class Score:
         What a step is, and how an engine runs it.
     simulation
         Step times and what makes them.
+    naive
+        The MoE layers of such a step under what calculators assume; None under context-coherent execution.
     max_over_mean
         ``[layer]`` GPU load max/mean on the whole scored trace.
     traffic
@@ -54,9 +58,20 @@ class Score:
     law: BatchLaw
     execution: Execution
     simulation: Simulation
+    naive: NaiveTimes | None
     max_over_mean: Floats
     traffic: TrafficMetrics
     trace_digest: str
+
+    @property
+    def step_max_over_mean(self) -> float:
+        """GPU load max/mean of a layer of a step, mean over steps and layers."""
+        return float(np.mean([row.max_over_mean for row in self.simulation.layers]))
+
+    @property
+    def excess(self) -> float:
+        """How far that is above the noise floor: what a better placement could still win."""
+        return self.step_max_over_mean - self.simulation.noise_floor
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``scores`` in a ``moeplace/score/1`` document."""
@@ -70,12 +85,14 @@ class Score:
             "attention_us": _round(run.attention_us),
             "step_time_us": {name: _estimate(value) for name, value in run.summary.items()},
             "noise_floor": _round(run.noise_floor),
+            "naive_us": self._naive(),
             "load": {
                 "max_over_mean_mean": _round(ratio.mean()),
                 "max_over_mean_median": _round(np.median(ratio)),
                 "max_over_mean_worst": _round(ratio.max()),
                 "balancedness": _round((1 / ratio).mean()),
-                "step_max_over_mean_mean": _round(np.mean([row.max_over_mean for row in run.layers])),
+                "step_max_over_mean_mean": _round(self.step_max_over_mean),
+                "step_excess_over_noise_floor": _round(self.excess),
             },
             "traffic": {name: _round(getattr(self.traffic, name)) for name in self.traffic.__slots__},
             "per_layer": [
@@ -89,6 +106,12 @@ class Score:
             ],
             "bottlenecks": [{"link": name, "share": _round(share)} for name, share in run.bottlenecks[:10]],
         }
+
+    def _naive(self) -> dict[str, float | None] | None:
+        if self.naive is None:
+            return None
+        names = ("compute", "dispatch", "combine", "total")
+        return {name: _round(getattr(self.naive, f"{name}_us")) for name in names}
 
 
 def score(
@@ -215,6 +238,7 @@ class _Entry:
     model: ModelSpec
     execution: Execution
     profile: Ints
+    top_k: int
     max_over_mean: Floats
     traffic: TrafficMetrics
     trace_digest: str
@@ -236,6 +260,7 @@ class _Entry:
             model=place[1],
             execution=execution,
             profile=profile,
+            top_k=stats.meta.top_k,
             max_over_mean=max_over_mean(placement, stats.load, router),
             traffic=traffic_metrics(stats, placement, place[0], router),
             trace_digest=stats.trace_digest,
@@ -251,12 +276,14 @@ class _Entry:
         return self._score(run, law)
 
     def _score(self, run: Simulation, law: BatchLaw) -> Score:
+        returning = self.execution.dataflow == DISPATCH_COMBINE
         return Score(
             placement=self.label,
             topology=self.topology.name,
             law=law,
             execution=self.execution,
             simulation=run,
+            naive=naive_times(law, self.placement, self.topology, self.model, self.top_k) if returning else None,
             max_over_mean=self.max_over_mean,
             traffic=self.traffic,
             trace_digest=self.trace_digest,

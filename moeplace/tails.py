@@ -38,6 +38,16 @@ def summarise(sample: Floats) -> Mapping[str, Estimate]:
     return result
 
 
+def paired(sample: Floats, base: Floats) -> Estimate:
+    """Relative change of the mean against a base measured on the same steps, with Student's t interval of the pairs.
+
+    The base's own mean is taken as known: what varies from step to step alike in both does not widen the interval.
+    """
+    change = _mean(np.asarray(sample, np.float64) - base)
+    mean = float(np.mean(base))
+    return Estimate(value=change.value / mean, low=change.low / mean, high=change.high / mean)
+
+
 def quantile(ordered: Floats, share: float) -> Estimate:
     """Order statistic of a sorted sample, with its distribution-free interval (David & Nagaraja 2003, §7.1)."""
     from scipy.stats import binom

@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
-from strategies import make_problem, make_trace, random_placement, slow_topology, small_model
+from strategies import make_problem, random_placement
 
 from moeplace.diff import compare_placements
 from moeplace.problem import Problem
-from moeplace.report import SolveLog, align, diff_table, number, say_wrapped, score_tables, write_json, write_table
-from moeplace.scoring import score
+from moeplace.report import SolveLog, align, diff_table, number, say_wrapped, write_json, write_table
 from moeplace.solution import Solution, Stage, Status, StopReason
 from moeplace.solvers import solve
 from moeplace.trace import Trace
@@ -150,25 +149,6 @@ def test_stages_and_moves_stand_in_the_summary(small_trace: Trace, capsys: pytes
     moved = compare_placements(problem.baseline, answer.placement).moved_copies
     assert re.search(rf"^moves +{moved} of 12 copies \([\d.]+%\), [\d.]+ GB, against the baseline$", err, re.M)
     assert "note: [x] is text" in err
-
-
-def test_scores_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
-    """A table per topology and phase, placements as columns; the change against the first only where there are two."""
-    trace = make_trace(0, tokens=120, requests=10)
-    placements = {"one": random_placement(0, [3, 3], 2, 6), "[b]": random_placement(1, [3, 3], 2, 6)}
-    model = small_model()
-    both = score(trace, placements, slow_topology("scale-up:2"), model, batches=20)
-    score_tables(both, model)
-    text = capsys.readouterr().out
-    assert re.search(r"^scale-up:2, decode: 20 steps of \d+ requests × 1 token, dispatch-combine, toy$", text, re.M)
-    assert len(re.findall(r"^figure +one +\[b\]$", text, re.M)) == 2
-    assert re.search(r"^mean against first +\+0\.00% +[+-][\d.]+%$", text, re.M)
-    assert "use more --batches" in text
-    score_tables(both[:1], model, recorded=True)
-    text = capsys.readouterr().out
-    assert "20 recorded steps of" in text
-    assert "against first" not in text
-    assert "--batches" not in text
 
 
 def test_sentences_wrap_on_a_terminal_alone() -> None:

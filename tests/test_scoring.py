@@ -44,6 +44,7 @@ def test_the_document_has_the_contracts_keys(small_trace: Trace) -> None:
             "attention_us",
             "step_time_us",
             "noise_floor",
+            "naive_us",
             "load",
             "traffic",
             "per_layer",
@@ -57,7 +58,7 @@ def test_the_document_has_the_contracts_keys(small_trace: Trace) -> None:
             low, high = estimate["interval"]
             assert low <= estimate["value"] <= high
         load = {"max_over_mean_mean", "max_over_mean_median", "max_over_mean_worst", "balancedness"}
-        assert set(entry["load"]) == load | {"step_max_over_mean_mean"}
+        assert set(entry["load"]) == load | {"step_max_over_mean_mean", "step_excess_over_noise_floor"}
         assert set(entry["traffic"]) == {
             "cross_gpu_share",
             "cross_node_share",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.special import ndtr
 from scipy.stats import binom, norm
 
-from moeplace.tails import QUANTILES, cvar, expected_maximum, noise_floor, quantile, summarise, tail_steps
+from moeplace.tails import QUANTILES, cvar, expected_maximum, noise_floor, paired, quantile, summarise, tail_steps
 
 SAMPLES = st.lists(st.floats(0, 1e6), min_size=1, max_size=120).map(np.array)
 
@@ -135,3 +135,14 @@ def test_layer_tails_do_not_add() -> None:
     layers = np.random.default_rng(4).gamma(2.0, size=(10, 500))
     apart = sum(summarise(layer)["p99"].value for layer in layers)
     assert apart > summarise(layers.sum(axis=0))["p99"].value * 1.2
+
+
+@given(st.lists(st.floats(1, 1e6), min_size=2, max_size=50), st.floats(0.1, 10))
+def test_a_paired_change_forgets_what_both_share(base: list[float], factor: float) -> None:
+    """A placement slower by the same share in each step: that share, whose interval narrows with the steps' spread."""
+    times = np.array(base)
+    change = paired(times * factor, times)
+    assert change.value == pytest.approx(factor - 1, rel=1e-6, abs=1e-9)
+    shifted = paired(times + 5, times)
+    assert shifted.low == pytest.approx(shifted.high, rel=1e-6, abs=1e-7)
+    assert change.low <= change.value <= change.high

@@ -250,6 +250,22 @@ def hardware(command: Command) -> Command:
     return command
 
 
+def constants(command: Command) -> Command:
+    """Add what times depend on beside hardware and model."""
+    dtype = click.Choice(["fp8", "bf16"])
+    for decorate in (
+        option("--combine-dtype", type=dtype, help="What results are sent back as; default: as for the model."),
+        option("--dispatch-dtype", type=dtype, help="What tokens are sent to experts as; default: as for the model."),
+        option(
+            "--compute-table",
+            type=click.Path(),
+            help="CSV of measured expert GEMMs to fit compute to: activated_experts,rows_per_expert,time_us.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
 def execution(command: Command) -> Command:
     """Add how an engine runs a step."""
     for decorate in (

@@ -7,13 +7,14 @@ from typing import Any
 import click
 
 from moeplace.cli.inputs import check_paths, choices_of, open_source, warn
-from moeplace.cli.options import Whole, batch_law, common, execution, option, threads, trace_input
+from moeplace.cli.options import Whole, batch_law, common, constants, execution, option, threads, trace_input
 
 SCORE_EPILOG = """\b
 Examples:
   moeplace score trace.npz placement.json linear --test half:0
   moeplace score trace.npz a.json b.json linear -t scale-up:8 -t scale-out:2x4
-  moeplace score trace.npz a.json linear --phase decode --batches 1000
+  moeplace score trace.npz a.json linear --phase decode --batches 1000 --naive
+  moeplace score trace.npz a.json b.json --routing lp --overlap dual-batch
   moeplace score counts.json linear --num-gpus 64 --json | jq '.scores[0]'
 """
 DIFF_EPILOG = """\b
@@ -39,8 +40,11 @@ Examples:
 @option("--test", metavar="SPLIT", help="Score on what a split leaves out: half:SEED, domain:NAME,… or time:FRACTION.")
 @option("--batches", type=Whole(2), show_default="300", help="Steps to draw.")
 @option("--seed", type=Whole(0), default=0, help="Seed of the draw.")
+@option("--naive", is_flag=True, help="Show what balanced experts, one copy per choice and a flat network would give.")
+@option("--layers", is_flag=True, help="Show a table of layers for every score.")
 @batch_law
 @execution
+@constants
 @threads
 @common
 def score_command(
@@ -51,10 +55,11 @@ def score_command(
     PLACEMENTS are placement files; the name linear stands for the contiguous placement servers use by default. Steps
     are drawn from the trace by the batch law, the same ones for every placement; mean, p50, p95, p99 and CVaR95 are
     over steps, with 95 % intervals. Times are model outputs for the MoE layers (experts, dispatch, combine), not
-    measurements.
+    measurements, and no public measurement of the tail exists to check them against: read ratios between placements.
     """
     from moeplace.contest import build_contest, fit_sentences, score_sentences
-    from moeplace.report import score_tables, write_json
+    from moeplace.report import write_json
+    from moeplace.scoreboard import score_tables
     from moeplace.scoring import score, scores_to_dict
     from moeplace.trace import Counts
 
@@ -76,7 +81,8 @@ def score_command(
     if options["as_json"]:
         write_json(scores_to_dict(scores))
     else:
-        score_tables(scores, contest.model, recorded=isinstance(source, Counts))
+        shown = {"naive": options["naive"], "layers": options["layers"]}
+        score_tables(scores, contest.model, recorded=isinstance(source, Counts), **shown)
 
 
 def score_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from moeplace.cli.options import (
     Whole,
     batch_law,
     common,
+    constants,
     hardware,
     option,
     threads,
@@ -95,6 +96,7 @@ Examples:
 )
 @option("--dry-run", is_flag=True, help="Read and check everything, print the assumptions, solve nothing.")
 @batch_law
+@constants
 @threads
 @common
 def solve_command(trace: str, output: str | None, fit: str | None, **options: Any) -> int:

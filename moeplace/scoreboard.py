@@ -1,0 +1,121 @@
+"""What a person reads of scores: one table of all of them, one per topology and phase, one per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moeplace.build import law_words, plural
+from moeplace.execution import Execution
+from moeplace.model import ModelSpec
+from moeplace.report import TRAFFIC_WORDS, console, say, write_table
+from moeplace.scoring import Score
+from moeplace.tails import QUANTILES, Estimate, paired, tail_steps
+
+MIN_TAIL_STEPS = 10
+STEP_WORDS = {"mean": "mean", "p50": "p50", "p95": "p95", "p99": "p99", "cvar95": "CVaR95"}
+
+
+def score_tables(
+    scores: Sequence[Score], model: ModelSpec, *, recorded: bool = False, naive: bool = False, layers: bool = False
+) -> None:
+    """Write a table of all scores where there are several topologies or phases, then one for each of these.
+
+    In the latter, rows are figures and columns placements. ``recorded`` says that the steps are the recorded ones, not
+    drawn from tokens; ``naive`` adds what calculators assume, ``layers`` a table per score with a row for each layer.
+    """
+    groups: dict[tuple[str, str], list[Score]] = {}
+    for entry in scores:
+        groups.setdefault((entry.topology, entry.law.phase), []).append(entry)
+    out = console()
+    if len(groups) > 1:
+        write_table(_overview(scores), right=range(1, 6))
+        say("", out)
+    for place, ((topology, phase), group) in enumerate(groups.items()):
+        law = group[0].law
+        if place:
+            say("", out)
+        drawn = f"{plural(law.batches, 'step')} of {law_words(law)}"
+        steps = f"{law.batches:,} recorded steps of {law.requests:,} tokens on average" if recorded else drawn
+        say(f"{topology}, {phase}: {steps}, {_execution_words(group[0])}, {model.name}", out, "bold")
+        write_table(_score_rows(group, naive=naive), right=range(1, len(group) + 1))
+        beyond = tail_steps(law.batches, QUANTILES["p99"])
+        if beyond < MIN_TAIL_STEPS:
+            more = "" if recorded else ", or use more --batches"
+            say(f"p99 rests on {beyond:g} steps beyond it: read it with its interval{more}", out)
+        for entry in group if layers else ():
+            say(f"\n{entry.placement} on {topology}, {phase}, by layer", out, "bold")
+            write_table(_layer_rows(entry), right=range(8))
+
+
+def _execution_words(entry: Score) -> str:
+    """``dispatch-combine``, and what of the execution is not as usual."""
+    chosen, usual = entry.execution, Execution()
+    unlike = [name for name in chosen.__slots__ if getattr(chosen, name) != getattr(usual, name) and name != "dataflow"]
+    told = [f"{name.replace('_', '-')} {getattr(chosen, name)}" for name in unlike if name != "with_attention"]
+    told += ["attention counted"] if chosen.with_attention else []
+    return ", ".join([chosen.dataflow, *told])
+
+
+def _overview(scores: Sequence[Score]) -> list[list[str]]:
+    rows = [["step time [µs]", *STEP_WORDS.values(), "busiest"]]
+    for entry in scores:
+        cells = [plus_minus(entry.simulation.summary[name]) for name in STEP_WORDS]
+        rows.append([f"{entry.placement} on {entry.topology}, {entry.law.phase}", *cells, _busiest(entry)])
+    return rows
+
+
+def _layer_rows(entry: Score) -> list[list[str]]:
+    head = ["layer", "compute [µs]", "dispatch [µs]", "combine [µs]", "max/mean, step", "excess", "balancedness"]
+    rows = [[*head, "max/mean, trace"]]
+    for row, whole in zip(entry.simulation.layers, entry.max_over_mean, strict=True):
+        times = [f"{getattr(row, f'{part}_us'):,.1f}" for part in ("compute", "dispatch", "combine")]
+        excess = row.max_over_mean - entry.simulation.noise_floor
+        loads = [row.max_over_mean, excess, row.balancedness, float(whole)]
+        rows.append([str(row.layer_id), *times, *[f"{load:.4f}" for load in loads]])
+    return rows
+
+
+def plus_minus(value: Estimate) -> str:
+    """``1,234.5 ± 12.3``: a value, and how far its interval reaches at most."""
+    half = max(value.high - value.value, value.value - value.low)
+    return f"{value.value:,.1f} ± {half:,.1f}"
+
+
+def _score_rows(group: Sequence[Score], *, naive: bool) -> list[list[str]]:
+    rows = [["figure", *[entry.placement for entry in group]]]
+    for name, words in STEP_WORDS.items():
+        rows.append([f"step {words} [µs]", *[plus_minus(entry.simulation.summary[name]) for entry in group]])
+    if len(group) > 1:
+        base = group[0].simulation.step_us
+        rows.append(["mean against first", *[change_words(paired(e.simulation.step_us, base)) for e in group]])
+    if naive and group[0].naive is not None:
+        assumed = [0.0 if e.naive is None else e.naive.total_us + e.simulation.attention_us for e in group]
+        rows.append(["naive step [µs]", *[f"{time:,.1f}" for time in assumed]])
+        for name in ("mean", "p99"):
+            times = [entry.simulation.summary[name].value for entry in group]
+            ratios = [f"{time / bare:.3f}" for time, bare in zip(times, assumed, strict=True)]
+            rows.append([f"{name} over naive", *ratios])
+    for part in ("compute", "dispatch", "combine"):
+        totals = [sum(getattr(row, f"{part}_us") for row in e.simulation.layers) for e in group]
+        rows.append([f"{part} [µs]", *[f"{total:,.1f}" for total in totals]])
+    rows.append(["load max/mean, trace", *[f"{e.max_over_mean.mean():.4f}" for e in group]])
+    rows.append(["load max/mean, step", *[f"{e.step_max_over_mean:.4f}" for e in group]])
+    rows.append(["noise floor", *[f"{e.simulation.noise_floor:.4f}" for e in group]])
+    rows.append(["excess over it", *[f"{e.excess:.4f}" for e in group]])
+    for name, words in TRAFFIC_WORDS.items():
+        values = [getattr(e.traffic, name) for e in group]
+        if any(value is not None for value in values):
+            rows.append([words, *["-" if value is None else f"{value:.4f}" for value in values]])
+    rows.append(["busiest", *[_busiest(e) for e in group]])
+    return rows
+
+
+def change_words(change: Estimate) -> str:
+    """``-1.23 % ± 0.04``: a relative change, and its interval's half width in percent."""
+    half = max(change.high - change.value, change.value - change.low)
+    return f"{change.value:+.2%} ± {100 * half:.2f}"
+
+
+def _busiest(entry: Score) -> str:
+    ranked = entry.simulation.bottlenecks
+    return f"{ranked[0][0]} {ranked[0][1]:.0%}" if ranked else "-"
