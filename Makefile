@@ -6,9 +6,16 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 TRACE := traces/tinymoe_8x32_top4.npz
 HARDWARE := --topology scale-out:2x4
+# of make sweep; several traces are parted by spaces, names by commas
+TRACES ?= $(TRACE)
+SOLVERS ?= linear,eplb,auto
+TOPOLOGIES ?= scale-up:8,scale-out:2x4,torus:2x2x2
+SEEDS ?= 3
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+OPTIONS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench bench-all lock clean
+.PHONY: help setup demo test test-all check format bench bench-all sweep lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +56,10 @@ bench: $(READY) ## measure speed, memory and quality against the targets, seed 0
 
 bench-all: $(READY) ## the same for ten seeds
 	$(BIN)/python -m benchmarks --seeds 10
+
+sweep: $(READY) ## compare TRACES= SOLVERS= TOPOLOGIES= SEEDS= (JOBS= CLUSTER= OPTIONS=); goes on where it was
+	$(BIN)/moeplace compare $(TRACES) --solvers $(SOLVERS) --topologies $(TOPOLOGIES) --seeds $(SEEDS) --verbose \
+	  --results benchmarks/results $(if $(CLUSTER),--cluster $(CLUSTER),--jobs $(JOBS)) $(OPTIONS)
 
 lock: $(READY) ## renew .ci/constraints.txt from what is installed
 	{ sed -n 1p .ci/constraints.txt; $(BIN)/python -m pip freeze --exclude-editable; } > .ci/constraints.new

@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from moeplace.batches import BatchLaw as BatchLaw
     from moeplace.build import Choices as Choices
     from moeplace.build import build_problem as build_problem
+    from moeplace.calibration import calibrate as calibrate
+    from moeplace.calibration import read_compute_table as read_compute_table
+    from moeplace.comparison import compare as compare
     from moeplace.corpus import count_parts as count_parts
     from moeplace.engines import DaskCluster as DaskCluster
     from moeplace.engines import Processes as Processes
     from moeplace.engines import Run as Run
     from moeplace.errors import MoeplaceError as MoeplaceError
+    from moeplace.execution import Execution as Execution
     from moeplace.exporters import read_placement as read_placement
     from moeplace.exporters import write as write
     from moeplace.hardware import Accelerator as Accelerator
@@ -56,15 +60,22 @@ if TYPE_CHECKING:
     from moeplace.trace import Counts as Counts
     from moeplace.trace import Trace as Trace
     from moeplace.trace import TraceMeta as TraceMeta
+    from moeplace.trials import Setup as Setup
+    from moeplace.trials import Sides as Sides
+    from moeplace.trials import Trial as Trial
+    from moeplace.trials import run_trial as run_trial
     from moeplace.writers import write_trace as write_trace
 
 _HOMES = {
     "affinity": ("RoutingStats", "count_routing"),
     "batches": ("BatchLaw",),
     "build": ("Choices", "build_problem"),
+    "calibration": ("calibrate", "read_compute_table"),
+    "comparison": ("compare",),
     "corpus": ("count_parts",),
     "engines": ("DaskCluster", "Processes", "Run"),
     "errors": ("MoeplaceError",),
+    "execution": ("Execution",),
     "exporters": ("read_placement", "write"),
     "hardware": ("Accelerator", "load_accelerator"),
     "model": ("ModelSpec", "load_model"),
@@ -81,6 +92,7 @@ _HOMES = {
     "spool": ("spooled",),
     "topology": ("Topology", "load_topology"),
     "trace": ("Counts", "Trace", "TraceMeta"),
+    "trials": ("Setup", "Sides", "Trial", "run_trial"),
     "writers": ("write_trace",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

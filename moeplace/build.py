@@ -83,7 +83,12 @@ class Choices:
 
 
 def build_problem(
-    source: TraceStream | Counts, choices: Choices | None = None, *, threads: int = 1, **more: Any
+    source: TraceStream | Counts,
+    choices: Choices | None = None,
+    *,
+    threads: int = 1,
+    stats: RoutingStats | None = None,
+    **more: Any,
 ) -> Problem:
     """Count a trace and set up the problem it poses.
 
@@ -95,6 +100,8 @@ def build_problem(
         What is fixed; alternatively give its fields as keywords.
     threads
         Threads for counting.
+    stats
+        Statistics of the source, if it is counted already.
 
     Examples
     --------
@@ -117,7 +124,7 @@ def build_problem(
         )
     check_law(source, requests=choices.batch_requests, tokens=choices.batch_tokens)
     model = sent_as(model_for(source.meta, choices.model), choices)
-    stats = count_routing(source, threads=threads)
+    stats = count_routing(source, threads=threads) if stats is None else stats
     topology, _ = measured(topology_for(choices, stats), model, choices)
     slots = slots_for(
         stats.meta.num_experts, topology.num_gpus, redundant=choices.redundant, per_gpu=choices.slots_per_gpu

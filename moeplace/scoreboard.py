@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeplace.build import law_words, plural
+from moeplace.comparison import Place, Row
 from moeplace.execution import Execution
 from moeplace.model import ModelSpec
 from moeplace.report import TRAFFIC_WORDS, console, say, write_table
@@ -12,6 +13,7 @@ from moeplace.scoring import Score
 from moeplace.tails import QUANTILES, Estimate, paired, tail_steps
 
 MIN_TAIL_STEPS = 10
+LEGEND = "* the best of its column, its 95 % interval below all others'; over several seeds intervals are Student's t"
 STEP_WORDS = {"mean": "mean", "p50": "p50", "p95": "p95", "p99": "p99", "cvar95": "CVaR95"}
 
 
@@ -73,6 +75,44 @@ def _layer_rows(entry: Score) -> list[list[str]]:
         loads = [row.max_over_mean, excess, row.balancedness, float(whole)]
         rows.append([str(row.layer_id), *times, *[f"{load:.4f}" for load in loads]])
     return rows
+
+
+def comparison_tables(rows: Sequence[Row]) -> None:
+    """Write one table per trace, topology and phase; a star marks the best where its interval lies below all others."""
+    out = console()
+    for number, (title, table) in enumerate(comparison_rows(rows)):
+        if number:
+            say("", out)
+        say(title, out, "bold")
+        write_table(table, right=range(1, len(table[0])))
+    if rows:
+        say(f"\n{LEGEND}", out)
+
+
+def comparison_rows(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
+    """Title and cells of each table, a row per solver."""
+    tables: dict[Place, list[list[str]]] = {}
+    for row in rows:
+        if row.place not in tables:
+            head = [f"step {words} [µs]" for words in STEP_WORDS.values()]
+            tables[row.place] = [["solver", *head, "mean against first", "load max/mean", "excess", "gap", "solve [s]"]]
+        cells = [plus_minus(row.step_us[name]) + ("*" if name in row.best else " ") for name in STEP_WORDS]
+        change = "-" if row.change is None else change_words(row.change)
+        gap = "-" if row.worst_gap is None else f"{row.worst_gap:.2%}"
+        loads = [f"{row.max_over_mean.value:.4f}", f"{row.excess.value:.4f}"]
+        tables[row.place].append([row.solver, *cells, change, *loads, gap, f"{row.solve_s:,.2f}"])
+    seeds = {row.place: max(len(row.seeds), 1) for row in rows}
+    return [(f"{place}, {plural(seeds[place], 'seed')}", table) for place, table in tables.items()]
+
+
+def comparison_markdown(rows: Sequence[Row]) -> str:
+    """Return the same tables as Markdown."""
+    parts = []
+    for title, (head, *lines) in comparison_rows(rows):
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        cells = "\n".join(f"| {' | '.join(cell.strip() for cell in line)} |" for line in [head, rule, *lines])
+        parts.append(f"## {title}\n\n{cells}\n")
+    return "\n".join([*parts, f"\\{LEGEND}.\n"])
 
 
 def plus_minus(value: Estimate) -> str:

@@ -137,7 +137,8 @@ def score(
         ``phase`` (``decode``, ``prefill`` or ``mixed``; default: decode and prefill where the trace has them);
         ``requests``, ``tokens``, ``prefill_requests``, ``prefill_tokens``, ``batches``, ``seed`` and ``arrival`` of the
         batch law; the fields of :class:`~moeplace.execution.Execution`; ``profile`` [layer, expert], the loads that the
-        replica choice goes by (default: those of the scored trace); ``threads``.
+        replica choice goes by (default: those of the scored trace); ``stats``, the statistics of the source if it is
+        counted already; ``threads``.
 
     Returns
     -------
@@ -151,7 +152,7 @@ def score(
     InputError
         The trace has no tokens of the phase, or too few requests for the law.
     """
-    if unknown := set(options) - {"phase", "threads", "profile", *LAW_OPTIONS, *EXECUTION_OPTIONS}:
+    if unknown := set(options) - {"phase", "threads", "profile", "stats", *LAW_OPTIONS, *EXECUTION_OPTIONS}:
         raise TypeError(f"score() got unexpected options {sorted(unknown)}")
     places = [topologies] if isinstance(topologies, Topology) else list(topologies)
     execution = Execution(**{name: options[name] for name in EXECUTION_OPTIONS if options.get(name) is not None})
@@ -160,7 +161,7 @@ def score(
             check_shapes(placement, source.meta.num_layers, source.meta.num_experts, topology)
     if isinstance(source, Counts):
         _check_counts(execution)
-    stats = count_routing(source, threads=options.get("threads", 1))
+    stats = options.get("stats") or count_routing(source, threads=options.get("threads", 1))
     profile = stats.load if options.get("profile") is None else np.asarray(options["profile"])
     entries = [
         _Entry.of(label, placements[label], (topology, model), (stats, profile, execution))

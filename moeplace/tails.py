@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,13 @@ def paired(sample: Floats, base: Floats) -> Estimate:
     change = _mean(np.asarray(sample, np.float64) - base)
     mean = float(np.mean(base))
     return Estimate(value=change.value / mean, low=change.low / mean, high=change.high / mean)
+
+
+def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
+    """Mean of one quantity over seeds, with Student's t interval of its values; that of a single seed as it is."""
+    if len(estimates) == 1:
+        return estimates[0]
+    return _mean(np.array([estimate.value for estimate in estimates]))
 
 
 def quantile(ordered: Floats, share: float) -> Estimate:

@@ -22,6 +22,7 @@ from moeplace.errors import MoeplaceError
 COMMANDS = {
     "solve": ("moeplace.cli.solve", "Choose where experts live, from a routing trace."),
     "score": ("moeplace.cli.score", "Judge placements on a trace: step-time tails, load, traffic."),
+    "compare": ("moeplace.cli.compare", "Compare solvers: fit, judge on the rest, over seeds and topologies."),
     "stats": ("moeplace.cli.stats", "Show what a routing trace says."),
     "diff": ("moeplace.cli.score", "Compare two placements: what moves, and how much."),
     "convert": ("moeplace.cli.convert", "Turn a trace into another native format, or a part of it."),

@@ -250,6 +250,36 @@ def hardware(command: Command) -> Command:
     return command
 
 
+def goal(command: Command) -> Command:
+    """Add what is decided, and what it should be best in."""
+    for decorate in (
+        option(
+            "--equal-experts", type=click.Choice(["layer", "model"]), default="layer", help="Where slots are counted."
+        ),
+        option(
+            "--load-cap",
+            metavar="X|eplb",
+            help="Hard cap on max/mean GPU load in every layer: a number, or 'eplb' for EPLB's own maximum.",
+        ),
+        option(
+            "--copies-level",
+            type=click.Choice(["gpu", "node"]),
+            default="gpu",
+            help="What --objective copies counts.",
+        ),
+        option(
+            "--objective",
+            type=click.Choice(["step-time", "load", "copies", "cross"]),
+            default="step-time",
+            help="Predicted µs per step, or one of its parts in natural units.",
+        ),
+        option("--slots-per-gpu", type=Whole(1), help="Slots of each GPU in every layer."),
+        option("--num-redundant-experts", type=Whole(0), help="Extra slots per layer, in total over all GPUs."),
+    ):
+        command = decorate(command)
+    return command
+
+
 def constants(command: Command) -> Command:
     """Add what times depend on beside hardware and model."""
     dtype = click.Choice(["fp8", "bf16"])

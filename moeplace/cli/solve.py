@@ -24,6 +24,7 @@ from moeplace.cli.options import (
     batch_law,
     common,
     constants,
+    goal,
     hardware,
     option,
     threads,
@@ -46,25 +47,12 @@ Examples:
 @click.command("solve", epilog=EPILOG)
 @trace_input
 @hardware
-@option("--num-redundant-experts", type=Whole(0), help="Extra slots per layer, in total over all GPUs.")
-@option("--slots-per-gpu", type=Whole(1), help="Slots of each GPU in every layer.")
-@option(
-    "--objective",
-    type=click.Choice(["step-time", "load", "copies", "cross"]),
-    default="step-time",
-    help="Predicted µs per step, or one of its parts in natural units.",
-)
+@goal
 @option(
     "--risk",
     type=click.Choice(["mean", "p95", "p99", "cvar95"]),
     default="mean",
     help="What of the step time to minimise; only the mean so far.",
-)
-@option("--copies-level", type=click.Choice(["gpu", "node"]), default="gpu", help="What --objective copies counts.")
-@option(
-    "--load-cap",
-    metavar="X|eplb",
-    help="Hard cap on max/mean GPU load in every layer: a number, or 'eplb' for EPLB's own maximum.",
 )
 @option(
     "--solver",
@@ -74,7 +62,6 @@ Examples:
     help="NAME, or NAME+NAME where each starts from the one before, if it can (moeplace list solvers).",
 )
 @option("--backend", type=click.Choice(["cbc", "cpsat"]), help="Integer programming solver of moetuner.")
-@option("--equal-experts", type=click.Choice(["layer", "model"]), default="layer", help="Where slots are counted.")
 @option(
     "--option", "solver_options", type=KeyValue(), multiple=True, help="Option of the solver (moeplace list solvers)."
 )

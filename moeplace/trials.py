@@ -1,0 +1,266 @@
+"""Trials: one solver on one topology, fitted on one part of a trace and judged on the other, with one seed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from moeplace.affinity import RoutingStats, count_routing
+from moeplace.build import Choices, assumptions, build_problem
+from moeplace.contest import score_sentences
+from moeplace.errors import InfeasibleError, NothingFoundError, PlacementError, ProblemError, SolverError
+from moeplace.frozen import Floats, replaced, seal
+from moeplace.model import load_model
+from moeplace.readers import open_trace
+from moeplace.scoring import score
+from moeplace.solution import Limits, Solution
+from moeplace.solvers import solve
+from moeplace.split import parse_split, select
+from moeplace.spool import Spooled
+from moeplace.trace import Counts, TraceStream
+
+HALF = "half"
+STEP_DIGITS = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceFile:
+    """A trace by its path, and how it is read: a small value that can be sent to where it is read."""
+
+    path: str
+    input_format: str | None = None
+    skip_bad: int | None = None
+    model: str | None = None
+
+    def open(self) -> TraceStream | Counts:
+        """Open it."""
+        model = None if self.model is None else load_model(self.model)
+        return open_trace(self.path, model=model, format=self.input_format, skip_bad=self.skip_bad)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What is tried.
+
+    Attributes
+    ----------
+    trace
+        Label of the trace.
+    topology, solver
+        As :func:`~moeplace.topology.load_topology` and :func:`~moeplace.solvers.solve` take them.
+    seed
+        Of the split, the solver and the steps that are drawn.
+    """
+
+    trace: str
+    topology: str
+    solver: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.solver} on {self.topology}, {self.trace}, seed {self.seed}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What all trials have in common.
+
+    Attributes
+    ----------
+    choices
+        The problem, but for its topology.
+    split
+        ``half`` is another half for every seed; or a split that is the same for all.
+    limits
+        Fields of :class:`~moeplace.solution.Limits`, but for the seed.
+    scoring
+        Options of :func:`~moeplace.scoring.score`, but for the seed.
+    threads
+        Threads of one trial.
+    """
+
+    choices: Choices = field(default_factory=Choices)
+    split: str = HALF
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    scoring: Mapping[str, Any] = field(default_factory=dict)
+    threads: int = 1
+
+    def split_of(self, trial: Trial) -> str:
+        """Return the split of a trial."""
+        return f"{HALF}:{trial.seed}" if self.split == HALF else self.split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseTimes:
+    """Step times of a trial in one phase, and what is left of imbalance.
+
+    Attributes
+    ----------
+    phase
+        Of the steps.
+    step_us
+        ``[step]`` times.
+    max_over_mean, excess
+        Load max/mean on the whole test part, mean over layers; max/mean of steps above their noise floor.
+    """
+
+    phase: str
+    step_us: Floats
+    max_over_mean: float
+    excess: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of a trial: step times and what the solver said, or why there is none.
+
+    Attributes
+    ----------
+    trial
+        What was tried.
+    times
+        Per phase.
+    objective, unit, gap, status, stop_reason, solve_s
+        Of the answer; ``solve_s`` is wall time.
+    failure
+        Why there is no answer; None where there is one.
+    notes
+        What was assumed.
+    """
+
+    trial: Trial
+    times: tuple[PhaseTimes, ...] = ()
+    objective: float | None = None
+    unit: str = ""
+    gap: float | None = None
+    status: str = ""
+    stop_reason: str = ""
+    solve_s: float = 0.0
+    failure: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        seal(self, notes=tuple(self.notes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values, for :meth:`of_dict`."""
+        own = {name: getattr(self, name) for name in self.__slots__ if name not in ("trial", "times")}
+        own["trial"] = {name: getattr(self.trial, name) for name in self.trial.__slots__}
+        own["times"] = [
+            {name: getattr(entry, name) for name in entry.__slots__}
+            | {"step_us": [round(time_us, STEP_DIGITS) for time_us in entry.step_us.tolist()]}
+            for entry in self.times
+        ]
+        return own
+
+    @classmethod
+    def of_dict(cls, document: Mapping[str, Any]) -> Outcome:
+        """Take what :meth:`to_dict` returned; anything else raises KeyError, TypeError or ValueError."""
+        own = dict(document)
+        times = tuple(
+            PhaseTimes(**{**entry, "step_us": np.array(entry["step_us"], np.float64)}) for entry in own.pop("times")
+        )
+        return cls(**{**own, "trial": Trial(**own["trial"]), "times": times})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sides:
+    """The two parts of a trace, each counted once for all trials on them."""
+
+    fit: TraceStream | Counts
+    test: TraceStream | Counts
+    fit_stats: RoutingStats
+    test_stats: RoutingStats
+
+    @classmethod
+    def of(cls, source: TraceStream | Counts, split: str, *, phase: str | None = None, threads: int = 1) -> Sides:
+        """Split and count a trace, of one phase or both."""
+        rule = parse_split(split)
+        fit = select(source, split=rule, part="fit", phase=phase)
+        test = select(source, split=rule, part="test", phase=phase)
+        counted = [count_routing(side, threads=threads) for side in (fit, test)]
+        return cls(fit=fit, test=test, fit_stats=counted[0], test_stats=counted[1])
+
+
+def run_trial(sides: Sides, trial: Trial, setup: Setup, stop: threading.Event | None = None) -> Outcome:
+    """Solve on one part and score on the other.
+
+    A solver that finds nothing, or a problem that cannot be, is an outcome; anything else that goes wrong is raised.
+    """
+    limits = Limits(**{**setup.limits, "seed": trial.seed, "threads": setup.threads, "stop": stop or threading.Event()})
+    choices = replaced(setup.choices, topology=trial.topology)
+    started = time.monotonic()
+    try:
+        problem = build_problem(sides.fit, choices, threads=setup.threads, stats=sides.fit_stats)
+        solution = solve(problem, trial.solver, limits)
+        if solution.placement is None:
+            raise NothingFoundError("; ".join(solution.notes) or f"{trial.solver} found no placement")
+    except (ProblemError, PlacementError, SolverError, InfeasibleError, NothingFoundError) as error:
+        return Outcome(trial=trial, failure=str(error).splitlines()[0], solve_s=time.monotonic() - started)
+    solve_s = time.monotonic() - started
+    scores = score(
+        sides.test,
+        {trial.solver: solution.placement},
+        problem.topology,
+        problem.model,
+        stats=sides.test_stats,
+        profile=sides.fit_stats.load,
+        seed=trial.seed,
+        threads=setup.threads,
+        **setup.scoring,
+    )
+    times = tuple(
+        PhaseTimes(
+            phase=entry.law.phase,
+            step_us=entry.simulation.step_us,
+            max_over_mean=float(entry.max_over_mean.mean()),
+            excess=entry.excess,
+        )
+        for entry in scores
+    )
+    notes = (*assumptions(problem, choices), *score_sentences(scores, sides.test, choices))
+    return Outcome(trial=trial, times=times, solve_s=solve_s, notes=notes, **_answer(solution))
+
+
+def _answer(solution: Solution) -> dict[str, Any]:
+    return {
+        "objective": solution.objective,
+        "unit": solution.unit,
+        "gap": solution.gap,
+        "status": str(solution.status),
+        "stop_reason": str(solution.stop_reason),
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialItem:
+    """A trial with all that is needed to run it elsewhere."""
+
+    trial: Trial
+    source: TraceFile | Spooled
+    setup: Setup
+
+
+def run_item(item: TrialItem) -> Outcome:
+    """Run a trial; trials on the same part of the same trace that follow one another read and count it once."""
+    phase = item.setup.choices.phase
+    of_tokens = phase if phase != "mixed" else None
+    sides = _sides(item.source, item.setup.split_of(item.trial), of_tokens, item.setup.threads)
+    return run_trial(sides, item.trial, item.setup)
+
+
+@lru_cache(maxsize=1)
+def opened(source: TraceFile | Spooled) -> TraceStream | Counts:
+    """Open a trace, once for trials that follow one another."""
+    return source.open() if isinstance(source, TraceFile) else source
+
+
+@lru_cache(maxsize=1)
+def _sides(source: TraceFile | Spooled, split: str, phase: str | None, threads: int) -> Sides:
+    return Sides.of(opened(source), split, phase=phase, threads=threads)
