@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
-from published import BF16_BYTES, FP8_BYTES, errors, low_latency_us, mean, normal, routed_experts, servers, worst
+from published import (
+    BF16_BYTES,
+    FP8_BYTES,
+    MISSED_BY,
+    Comparisons,
+    Misses,
+    errors,
+    expected_failures,
+    low_latency_us,
+    mean,
+    normal,
+    routed_experts,
+    servers,
+    worst,
+)
 from strategies import small_model
 
 from moeplace.compute import ExpertCompute
 from moeplace.hardware import load_accelerator
-from moeplace.overlap import DUAL_BATCH, NONE, PING_PONG, PartTimes, step_times
+from moeplace.overlap import DUAL_BATCH, PING_PONG, PartTimes, step_times
 
-# sgl-project/DeepGEMM pull 36, eight H20, DeepSeek-V4-Flash (4096 × 2048, top-6 of 256, fp8), kernels one after another:
-# dispatch, experts and combine of one layer. Tokens per rank → time [µs], by DeepEP's normal and low-latency kernels
+# sgl-project/DeepGEMM pull 36, 19 May 2026, eight H20, DeepSeek-V4-Flash (4096 × 2048, top-6 of 256, fp8): dispatch,
+# experts and combine of one layer, one after another, with DeepEP's normal and low-latency kernels (the baselines of a
+# fused kernel). Tokens per rank → time [µs]
 H20_NORMAL_US = {1024: 2091.4, 2048: 3572.2, 4096: 6375.6, 8192: 11974.9}
 H20_LOW_LATENCY_US = {1: 199.0, 2: 272.2, 4: 390.4, 8: 473.0, 16: 514.9, 32: 515.4}
 FLASH = small_model(1, 256, 6, hidden=4096, expert_inner=2048, num_shared=0, shared_inner=0)
@@ -40,35 +53,38 @@ def h20(table: dict[int, float], phase: str) -> list[float]:
     return errors((h20_layer_us(tokens, phase) for tokens in table), table.values())
 
 
-def dual_batch() -> list[float]:
-    """Step under two-batch overlap; compute is what the step without it leaves beside the predicted communication."""
-    layers, place = 61, servers("h100", 72)
-    measured = 256 * 8 / TOKENS_PER_S_AND_NODE * 1e6 / layers
+def two_batches() -> tuple[float, PartTimes]:
+    """Measured time of a layer of such a step [µs], and the predicted times of its halves.
+
+    Its compute is what the step without overlap leaves beside the predicted communication.
+    """
+    place, measured = servers("h100", 72), 256 * 8 / TOKENS_PER_S_AND_NODE * 1e6 / 61
     whole, half = (
         [low_latency_us(place, 8 * tokens, size) for size in (FP8_BYTES, BF16_BYTES)] for tokens in (256, 128)
     )
-    compute = measured * (1 + GAIN) - sum(whole)
     experts = routed_experts("h100", "decode")
-    # a half batch launches again, and reads the weights of the rank's four experts again
-    halves = compute / 2 + (experts.launch_us + 4 * experts.weight_us) / 2
-
-    def layer(batches: int, busy: float, ways: list[float]) -> PartTimes:
-        times = [np.full((1, 1, batches), time) for time in (busy, *ways)]
-        return PartTimes(
-            attention=np.zeros((1, batches)), compute=times[0], dispatch=times[1], combine=times[2]
-        )
-
-    serial = float(step_times(layer(1, compute, whole), NONE)[0])
-    assert serial == pytest.approx(measured * (1 + GAIN))
-    return [float(step_times(layer(2, halves, half), DUAL_BATCH)[0]) / measured - 1]
+    # a half batch launches again, and reads the weights of the GPU's four experts again
+    compute = (measured * (1 + GAIN) - sum(whole) + experts.launch_us + 4 * experts.weight_us) / 2
+    times = [np.full((1, 1, 2), time) for time in (compute, *half)]
+    return measured, PartTimes(attention=np.zeros((1, 2)), compute=times[0], dispatch=times[1], combine=times[2])
 
 
-COMPARISONS: dict[str, tuple[Callable[[], list[float]], float, float]] = {
-    "a layer in prefill, one H20 server, 1024–8192 tokens": (lambda: h20(H20_NORMAL_US, "prefill"), 0.05, 0.07),
+def dual_batch() -> list[float]:
+    """Step under two-batch overlap."""
+    measured, parts = two_batches()
+    return [float(step_times(parts, DUAL_BATCH)[0]) / measured - 1]
+
+
+COMPARISONS: Comparisons = {
+    "layer in prefill* (SGLang's DeepGEMM) | one H20 server, 1024–8192 tokens": (
+        lambda: h20(H20_NORMAL_US, "prefill"),
+        0.04,
+        0.07,
+    ),
 }
-MISSES: dict[str, tuple[Callable[[], list[float]], str]] = {
-    "a layer in decode, one H20 server, few tokens": (lambda: h20(H20_LOW_LATENCY_US, "decode"), "199 µs, 1 token"),
-    "step under dual-batch overlap": (dual_batch, "gain 25.5 %, 256 tokens"),
+MISSES: Misses = {
+    "layer in decode, one H20 server, 1–32 tokens": (lambda: h20(H20_LOW_LATENCY_US, "decode"), "199 to 515 µs"),
+    "step with dual-batch overlap, 72 H100, 256 tokens": (dual_batch, "gain of 25.5 %"),
 }
 
 
@@ -79,6 +95,13 @@ def test_layers_take_what_was_measured(name: str) -> None:
     found = predict()
     assert mean(found) <= on_average
     assert abs(worst(found)) <= each
+
+
+def test_overlap_leaves_communication_exposed() -> None:
+    """Where two-batch overlap was measured, about 0.47 of the communication was not hidden."""
+    measured, parts = two_batches()
+    exposed = (measured - parts.compute.sum()) / (parts.dispatch + parts.combine).sum()
+    assert exposed == pytest.approx(0.47, abs=0.01)
 
 
 @pytest.mark.parametrize(("share", "fewest"), [(0.10, 3), (0.49, 3), (0.75, 4)])
@@ -95,9 +118,7 @@ def test_fewest_micro_batches_without_bubbles(share: float, fewest: int) -> None
     assert bubbles(fewest - 1) > 0.1
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=miss[1])) for name, miss in MISSES.items()]
-)
+@pytest.mark.parametrize("name", expected_failures(MISSES))
 def test_known_misses(name: str) -> None:
     """What the evaluator is known to miss: within 10 % of each published time."""
-    assert abs(worst(MISSES[name][0]())) <= 0.10
+    assert abs(worst(MISSES[name][0]())) <= MISSED_BY
