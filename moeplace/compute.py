@@ -4,6 +4,9 @@
 ``e`` on the rank, ``h`` hidden width, ``f`` expert inner width, ``w_b`` bytes per weight, ``BW`` memory bandwidth,
 ``F`` arithmetic rate and ``τ`` the tile height (64 rows in decode, 128 in prefill). Decode is bound by the first term,
 which counts *distinct activated experts*, so copies can hurt; prefill by the second. Shared experts run on every rank.
+
+``η_c`` is a kernel's as much as an accelerator's: the presets have DeepGEMM's in fp8, while bf16 kernels on one H100
+reach 0.21 to 0.82 of its peak. Experts without rows cost nothing here; masked kernels spend 0.5 to 0.9 µs on each.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Accelerator:
     nic_gb_per_s
         The accelerator's share of the network between domains [GB/s].
     scale_up_efficiency, nic_efficiency, hbm_efficiency, gemm_efficiency
-        Reached share of each nominal rate, in (0, 1].
+        Reached share of each nominal rate, in (0, 1]; of arithmetic by one family of kernels (fp8 DeepGEMM in presets).
     scale_up_latency_us, nic_latency_us
         Fixed time of one low-latency dispatch or combine, inside a domain and over the NIC [µs].
     hop_latency_us

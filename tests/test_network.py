@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from published import touched
 from strategies import slow_topology
 
 from moeplace.errors import TopologyError
@@ -284,11 +284,6 @@ def test_deepep_low_latency() -> None:
     assert sum(errors) / len(errors) <= 0.06
 
 
-def _touched(groups: int, experts: int, top_k: int = 8) -> float:
-    """Expected number of ``groups`` equal groups among ``top_k`` of ``experts`` chosen uniformly."""
-    return groups * (1 - math.comb(experts - experts // groups, top_k) / math.comb(experts, top_k))
-
-
 @pytest.mark.parametrize(
     ("nodes", "measured", "port", "gpus_touched"),
     [(2, 43, "scale-up", 6.523), (4, 58, "NIC", 7.267), (8, 51, "NIC", 7.359)],
@@ -297,7 +292,7 @@ def test_deepep_normal(nodes: int, measured: float, port: str, gpus_touched: flo
     """4096 tokens of group-limited top-8 over 256 experts: logical GB/s within 10 %, and the published bottleneck."""
     chosen = min(nodes, 4)
     experts = 256 * chosen // nodes
-    reach, node_reach = _touched(8 * chosen, experts), _touched(chosen, experts)
+    reach, node_reach = touched(8 * chosen, experts), touched(chosen, experts)
     assert reach == pytest.approx(gpus_touched, abs=1e-3)
     gpus, size = 8 * nodes, load_model("deepseek-v3").bytes_per_copy_dispatch
     topology = build_topology(

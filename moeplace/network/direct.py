@@ -8,7 +8,9 @@ order of the dimensions, and whether all of it is on its way at once:
   ``r`` a link carries what has come ``r-1`` hops and goes on, the shorter way round, data for the opposite position
   half either way (HalfRing). On a full mesh a phase is one round. Rounds are in step: a phase lasts the sum over its
   rounds of the busiest link, and as long as its slowest dimension.
-* ``one-shot``: everything at once in dimension order; the busiest link's time, times what congestion costs.
+* ``one-shot``: everything at once in dimension order; the busiest link's time, times what congestion costs. On tori
+  that is 1.75, which is one simulated router's; published are 1.2 to 1.8 (junsunchoi/booksim2, experiments), least with
+  one port per GPU or a crossbar faster than the links.
 * ``adaptive``: everything at once, every message spread evenly over all orders of the dimensions, as ideal minimal
   routing would.
 * ``valiant``: everything at once to a random position and from there to its own (Valiant, SIAM J. Comput. 1982): any
