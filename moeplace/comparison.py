@@ -64,7 +64,7 @@ class Row:
     best: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
+        """Return it as JSON values, without the time of solving, which differs between equal runs."""
         return {
             "trace": self.place.trace,
             "topology": self.place.topology,
@@ -76,7 +76,6 @@ class Row:
             "max_over_mean": _estimate(self.max_over_mean),
             "excess_over_noise_floor": _estimate(self.excess),
             "worst_gap": _rounded(self.worst_gap),
-            "solve_s": round(self.solve_s, 3),
             "best": list(self.best),
         }
 
@@ -141,14 +140,14 @@ def _marked(rows: Sequence[Row]) -> list[Row]:
 
 
 def comparison_to_dict(outcomes: Sequence[Outcome], setup: Setup) -> dict[str, Any]:
-    """Return a ``moeplace/compare/1`` document: the rows, every trial, and what failed."""
+    """Return a ``moeplace/compare/1`` document: the rows, every trial, and what failed; no times of this machine."""
     trials = []
     for outcome in outcomes:
         entry = {name: getattr(outcome.trial, name) for name in outcome.trial.__slots__}
         entry |= {name: getattr(outcome, name) for name in ("unit", "status", "stop_reason", "failure")}
         entry |= {name: _rounded(getattr(outcome, name)) for name in ("objective", "gap")}
         means = {times.phase: _rounded(float(times.step_us.mean())) for times in outcome.times}
-        trials.append(entry | {"solve_s": round(outcome.solve_s, 3), "mean_step_us": means})
+        trials.append(entry | {"mean_step_us": means})
     return {
         "schema": SCHEMA,
         "dataflow": setup.choices.dataflow,

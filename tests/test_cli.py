@@ -354,7 +354,7 @@ def test_one_config_serves_every_command(shell: Shell, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("sed = 3", "no option 'sed'; did you mean seed?"),
+        ("sed = 3", "no option 'sed'; did you mean seed or seeds?"),
         ("[solve]\nbatches = 3", "solve has no option 'batches'"),
         ("[sovle]\nseed = 3", "no option 'sovle'"),
         ("seed = = 3", "not TOML"),
@@ -383,6 +383,7 @@ def test_json_of_every_command_is_sorted_and_repeats(shell: Shell) -> None:
     lines = {
         "solve": "solve t.npz --json",
         "score": "score t.npz p.json linear --json --batches 5",
+        "compare": "compare t.npz -s linear,eplb --num-gpus 2 --seeds 2 --batches 5 --json",
         "stats": "stats t.npz --json",
         "diff": "diff p.json p.json --json",
         "convert": "convert t.npz u.jsonl --json",
