@@ -19,7 +19,7 @@ from moeplace.model import load_model
 from moeplace.placement import Placement
 from moeplace.problem import slots_for
 from moeplace.simulate import simulate
-from moeplace.solvers.eplb import balance_global
+from moeplace.packing.eplb import balance_global
 from moeplace.topology import load_topology
 
 redundant, routing, spec = int(sys.argv[1]), sys.argv[2], sys.argv[3]

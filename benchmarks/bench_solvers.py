@@ -8,17 +8,64 @@ from benchmarks.cases import Case, best_seconds
 from benchmarks.instances import MODELS, make_trace
 from moeplace.build import build_problem
 from moeplace.metrics import max_over_mean
-from moeplace.problem import slots_for
-from moeplace.solution import Limits
+from moeplace.packing.eplb import balance_global, balance_hierarchical
+from moeplace.problem import Problem, slots_for
+from moeplace.solution import Limits, Solution
 from moeplace.solvers import solve
-from moeplace.solvers.eplb import balance_global, balance_hierarchical
+from moeplace.trace import Counts, Trace, TraceMeta
 
+FLASHLB = [600, 560, 120, 120, 20, 10, 10, 10]
+BALANCE_CASES = (  # shape, GPUs, spare slots, most [%], most time [s]
+    ("dsv3", 64, 32, 0.1, 1.0),
+    ("dsv3", 32, 32, 0.1, 1.0),
+    ("dsv3", 72, 32, 0.1, 1.0),
+    ("dsv3", 64, 64, 0.1, 1.0),
+    ("dsv3", 64, 0, 0.05, 1.0),
+    ("kimi", 64, 0, 0.05, 1.0),
+)
 MIXTRAL_CASES = ((4, "cbc"), (4, "cpsat"), (8, "cbc"), (8, "cpsat"))
 
 
 def cases(seeds: int) -> list[Case]:
-    """EPLB at DeepSeek-V3 size, and MoETuner's integer programmes at Mixtral size."""
-    return [*_eplb(seeds), *_moetuner(seeds)]
+    """EPLB and balancing at DeepSeek-V3 and Kimi size, and MoETuner's integer programmes at Mixtral size."""
+    return [*_eplb(seeds), *_balance(seeds), *_moetuner(seeds)]
+
+
+def _balance(seeds: int) -> list[Case]:
+    """Balance the synthetic instances; what is compiled is compiled before."""
+    results = [_flashlb()]
+    for seed in range(seeds):
+        for shape, gpus, spare, most, target_s in BALANCE_CASES:
+            problem = _load_problem(make_trace(shape, "mid", seed, tokens=20_000), gpus, spare)
+            solve(problem, "balance", Limits(options={"kicks": "50"}))
+            answers: list[Solution] = []
+            seconds = best_seconds(
+                lambda problem=problem, answers=answers: answers.append(solve(problem, "balance")), repeats=2
+            )
+            answer, rival = answers[-1], solve(problem, "eplb")
+            over = answer.objective - 1 if spare else (answer.gap or 0.0)
+            name = f"balance {shape}, {problem.num_slots} slots on {gpus} GPUs, seed {seed}"
+            words = "max/mean above 1" if spare else "above the structural floor"
+            note = f"max/mean {answer.objective:.5f}, EPLB {rival.objective:.4f}"
+            results.append(Case(name=f"{name}: {words}", value=100 * over, unit="%", target=most, note=note))
+            results.append(Case(name="  time", value=seconds, unit="s", target=target_s))
+    return results
+
+
+def _load_problem(trace: Trace, gpus: int, spare: int) -> Problem:
+    return build_problem(trace, topology=f"scale-up:{gpus}", redundant=spare, objective="load")
+
+
+def _flashlb() -> Case:
+    load = np.array([[FLASHLB]])
+    counts = Counts(meta=TraceMeta(num_experts=8, top_k=1, layer_ids=(0,)), counts=load)
+    problem = build_problem(counts, topology="scale-up:8", redundant=8, objective="load")
+    answers: list[Solution] = []
+    seconds = best_seconds(lambda: answers.append(solve(problem, "balance")), repeats=1)
+    busiest = answers[0].objective * sum(FLASHLB) / 8
+    return Case(
+        name="balance FlashLB's example", value=seconds, unit="s", target=5, note=f"{busiest:.3f}, {answers[0].status}"
+    )
 
 
 def _eplb(seeds: int) -> list[Case]:

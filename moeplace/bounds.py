@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeplace.compute import ExpertCompute
-from moeplace.frozen import Floats
+from moeplace.frozen import Floats, Ints
 from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Traffic, exchange
 from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, LOAD, Problem
 from moeplace.topology import CUSTOM, num_links_per_gpu
@@ -19,12 +19,10 @@ def load_floor(problem: Problem) -> Floats:
     """``[layer]`` least max/mean GPU load any placement can have, copies sharing evenly.
 
     The largest of: the mean over the GPUs that have slots; the hottest copy when spare slots go to copies so as to make
-    it as small as possible; and, when no slot is spare and GPUs have ``S`` slots each, the hottest expert beside the
-    ``S-1`` coldest.
+    it as small as possible; and, when no slot is spare, :func:`crowding_floor`, a whole number of selections.
 
     Proof sketch: some GPU holds a copy of the hottest expert, and adding the next copy where load per copy is largest
-    minimises the largest load per copy (exchange argument). With every slot filled, its GPU holds ``S-1`` others.
-    Complexity: O(layers · (slots - experts) · experts).
+    minimises the largest load per copy (exchange argument). Complexity: O(layers · (slots - experts) · experts).
     """
     room = problem.slots_per_gpu[problem.slots_per_gpu > 0]
     usable = len(room)
@@ -35,9 +33,45 @@ def load_floor(problem: Problem) -> Floats:
     mean = load.sum(axis=1) / problem.num_gpus
     spare = problem.num_slots - problem.num_experts
     floor = hottest_copy(load, spare, usable)
-    if spare == 0 and (least := int(room.min())) > 1:
-        floor = np.maximum(floor, load.max(axis=1) + np.sort(load, axis=1)[:, : least - 1].sum(axis=1))
+    if spare == 0:
+        whole = np.ceil(load.sum(axis=1) / usable)
+        floor = np.maximum(np.maximum(floor, whole), crowding_floor(load, room))
     return np.maximum(even, floor / mean)
+
+
+def crowding_floor(load: Floats, slots_per_gpu: Ints) -> Floats:
+    """``[layer]`` least load of the busiest GPU when every slot is full and nothing is replicated.
+
+    For every ``n``: either the ``n`` hottest experts are on ``n`` GPUs, which hold at least the ``s - n`` coldest
+    beside them (``s`` the slots of the ``n`` smallest GPUs) and whose busiest has at least the mean of the ``n``; or
+    two of them share a GPU, with as many of the coldest as its slots need. The floor is the largest over ``n`` of the
+    lesser of the two. With ``n = 1`` it is the hottest expert beside the coldest that fill its GPU.
+
+    Parameters
+    ----------
+    load
+        ``[layer, expert]`` loads.
+    slots_per_gpu
+        ``[GPU]`` slots; they add up to the experts. Complexity: O(layers · experts · log experts).
+    """
+    room = np.sort(slots_per_gpu[slots_per_gpu > 0])
+    hot = -np.sort(-load, axis=1)
+    hottest, coldest = _running_sums(hot), _running_sums(hot[:, ::-1])
+    shared = room[room > 1]
+    floor = np.zeros(len(load))
+    for count in range(1, min(len(room) + 1, load.shape[1]) + 1):
+        apart = together = np.full(len(load), np.inf)
+        if count <= len(room):
+            apart = (hottest[:, count] + coldest[:, int(room[:count].sum()) - count]) / count
+        if count > 1 and len(shared):
+            together = hot[:, count - 2] + hot[:, count - 1] + coldest[:, int(shared[0]) - 2]
+        floor = np.maximum(floor, np.minimum(apart, together))
+    return floor
+
+
+def _running_sums(values: Floats) -> Floats:
+    """``[row, count]`` sums of the first ``count`` values of each row."""
+    return np.concatenate([np.zeros((len(values), 1)), np.cumsum(values, axis=1)], axis=1)
 
 
 def hottest_copy(load: Floats, spare: int, most_copies: int) -> Floats:

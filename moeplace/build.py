@@ -16,11 +16,11 @@ from moeplace.errors import InputError, ProblemError, UnknownNameError, unknown_
 from moeplace.frozen import Floats, Ints
 from moeplace.metrics import max_over_mean
 from moeplace.model import ModelSpec, generic_model, load_model
+from moeplace.packing.eplb import balance_global
 from moeplace.placement import Placement
 from moeplace.presets import is_path
 from moeplace.problem import DISPATCH_COMBINE, STEP_TIME, Problem, slots_for
 from moeplace.scoring import law_for
-from moeplace.solvers.eplb import balance_global
 from moeplace.topology import Topology, load_topology
 from moeplace.trace import DECODE, PHASES, PREFILL, Counts, TraceMeta, TraceStream
 

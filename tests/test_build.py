@@ -28,8 +28,8 @@ from moeplace.contest import build_contest, compare_files, score_sentences
 from moeplace.errors import InputError, ProblemError, UnknownNameError
 from moeplace.exporters import read_placement
 from moeplace.metrics import max_over_mean
+from moeplace.packing.eplb import balance_global
 from moeplace.problem import slots_for
-from moeplace.solvers.eplb import balance_global
 from moeplace.trace import Counts, Trace, TraceMeta
 
 TRACE = make_trace(0, tokens=200, layers=2, experts=8, requests=10)

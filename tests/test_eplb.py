@@ -17,11 +17,11 @@ from moeplace.bounds import hottest_copy, load_floor
 from moeplace.errors import InputError, ProblemError
 from moeplace.metrics import max_over_mean, token_metrics
 from moeplace.model import load_model
+from moeplace.packing.eplb import balance_global, balance_hierarchical, pack, replicate
 from moeplace.placement import EMPTY
 from moeplace.problem import Problem, slots_for
 from moeplace.solution import Limits
 from moeplace.solvers import solve
-from moeplace.solvers.eplb import balance_global, balance_hierarchical, pack, replicate
 from moeplace.solvers.linear import contiguous
 from moeplace.split import first_half
 from moeplace.topology import load_topology
@@ -298,7 +298,7 @@ def test_glm_counts_on_64_gpus() -> None:
 
 def test_without_copies_every_expert_is_placed_once_and_evenly() -> None:
     """With copies=none each expert has one copy, spare slots stay empty, and GPUs hold evenly many experts."""
-    from moeplace.solvers.eplb import slots_without_copies
+    from moeplace.packing.eplb import slots_without_copies
 
     assert slots_without_copies(np.array([5, 5, 4, 4]), 16).tolist() == [4, 4, 4, 4]
     assert slots_without_copies(np.array([9, 1, 1, 1]), 10).tolist() == [7, 1, 1, 1]

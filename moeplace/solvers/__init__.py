@@ -89,7 +89,7 @@ def load_solver(name: str) -> Solver:
 def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
     """Methods that ``auto`` tries for a problem, each with its options, and why."""
     binaries = problem.num_layers * problem.num_experts * problem.num_gpus
-    tried = [Candidate("linear"), Candidate("eplb")]
+    tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance")]
     if problem.model.num_groups > 1 and problem.topology.num_nodes > 1:
         tried.append(Candidate("eplb", {"policy": "global"}))
     if problem.num_slots > problem.num_experts:
