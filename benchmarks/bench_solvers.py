@@ -14,6 +14,7 @@ from moeplace.solution import Limits, Solution
 from moeplace.solvers import solve
 from moeplace.trace import Counts, Trace, TraceMeta
 
+TRAFFIC = {"objective": "cross", "dataflow": "context-coherent"}
 FLASHLB = [600, 560, 120, 120, 20, 10, 10, 10]
 BALANCE_CASES = (  # shape, GPUs, spare slots, most [%], most time [s]
     ("dsv3", 64, 32, 0.1, 1.0),
@@ -28,7 +29,28 @@ MIXTRAL_CASES = ((4, "cbc"), (4, "cpsat"), (8, "cbc"), (8, "cpsat"))
 
 def cases(seeds: int) -> list[Case]:
     """EPLB and balancing at DeepSeek-V3 and Kimi size, and MoETuner's integer programmes at Mixtral size."""
-    return [*_eplb(seeds), *_balance(seeds), *_moetuner(seeds)]
+    return [*_eplb(seeds), *_balance(seeds), *_exact(seeds), *_moetuner(seeds)]
+
+
+def _exact(seeds: int) -> list[Case]:
+    """Prove the least traffic at Mixtral size, without a cap and 5 % above the best balance of every layer."""
+    results = []
+    for seed in range(seeds):
+        for affinity in ("mid", "strong"):
+            trace = make_trace("mixtral", affinity, seed)
+            for gpus in (2, 4, 8):
+                free = build_problem(trace, topology=f"scale-up:{gpus}", **TRAFFIC)
+                even = solve(free.replace(objective="load"), "balance").placement
+                cap = None if even is None else 1.05 * max_over_mean(even, free.stats.load)
+                for label, problem in (("free", free), ("cap", free.replace(load_cap=cap))):
+                    answers: list[Solution] = []
+                    seconds = best_seconds(
+                        lambda problem=problem, answers=answers: answers.append(solve(problem, "exact")), repeats=1
+                    )
+                    name = f"exact, mixtral {affinity} on {gpus} GPUs, {label}, seed {seed}"
+                    note = f"cross {answers[0].objective:.5f}, {answers[0].status}"
+                    results.append(Case(name=name, value=seconds, unit="s", target=0.5, note=note))
+    return results
 
 
 def _balance(seeds: int) -> list[Case]:

@@ -22,8 +22,9 @@ from moeplace.bounds import load_floor, objective_bound
 from moeplace.errors import InfeasibleError, InputError, SolverError, unknown_name
 from moeplace.metrics import cross_shares, max_over_mean
 from moeplace.objective import UNITS, Term, objective_value, terms
+from moeplace.partitions import MAX_DIVISIONS, num_divisions
 from moeplace.placement import Placement
-from moeplace.problem import COPIES, Problem
+from moeplace.problem import COPIES, CROSS, Problem
 from moeplace.solution import Limits, Report, Solution, Status, StopReason
 
 AUTO = "auto"
@@ -88,6 +89,9 @@ def load_solver(name: str) -> Solver:
 
 def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
     """Methods that ``auto`` tries for a problem, each with its options, and why."""
+    if divisible(problem):
+        few = num_divisions(problem.num_experts, problem.num_gpus)
+        return (Candidate("linear"), Candidate("exact")), f"{few:,} ways to divide a layer: few enough for a proof"
     binaries = problem.num_layers * problem.num_experts * problem.num_gpus
     tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance")]
     if problem.model.num_groups > 1 and problem.topology.num_nodes > 1:
@@ -99,6 +103,13 @@ def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
         short = Candidate("moetuner", {"backend": "cpsat"}, AUTO_WORK)
         return (*tried, short), f"{binaries:,} binaries: small enough for a short integer programme too"
     return tuple(tried), f"{binaries:,} binaries: too many for integer programmes"
+
+
+def divisible(problem: Problem) -> bool:
+    """Whether traffic between GPUs is the objective and layers can be divided in few enough ways to try all."""
+    even = problem.num_slots == problem.num_experts and bool((problem.slots_per_gpu == problem.max_slots).all())
+    few = 0 < num_divisions(problem.num_experts, problem.num_gpus) <= MAX_DIVISIONS
+    return problem.objective == CROSS and not problem.whole_model and even and few
 
 
 def solve(problem: Problem, solver: str = AUTO, limits: Limits | None = None, report: Report | None = None) -> Solution:
