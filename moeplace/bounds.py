@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from moeplace.chains.duals import matching_bound, spectral_bound
 from moeplace.compute import ExpertCompute
 from moeplace.frozen import Floats, Ints
 from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Traffic, exchange
 from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, LOAD, Problem
 from moeplace.topology import CUSTOM, num_links_per_gpu
+
+SPECTRA = 128  # most experts for which spectra are quick
 
 
 def load_floor(problem: Problem) -> Floats:
@@ -85,18 +88,35 @@ def hottest_copy(load: Floats, spare: int, most_copies: int) -> Floats:
     return hottest
 
 
-def objective_bound(problem: Problem) -> float | None:
-    """Lower bound on the problem's objective; None where no useful one is known yet.
+def cross_bound(problem: Problem) -> float:
+    """Lower bound on the share of consecutive pairs that cross GPUs, whatever the load cap: degrees and spectra.
+
+    The better of :func:`moeplace.chains.duals.matching_bound` and, where every slot is full and GPUs are equal, the
+    spectral bound, layer by layer. 0 where slots are counted over the whole model.
+    Complexity: O(layers · experts²), and O(layers · experts³) for the spectra of at most 128 experts.
+    """
+    pairs = problem.stats.transition
+    if pairs is None or problem.whole_model or not pairs.any():
+        return 0.0
+    most = matching_bound(pairs, problem.max_slots)
+    if problem.num_slots == problem.num_experts <= SPECTRA and (problem.slots_per_gpu == problem.max_slots).all():
+        most = np.minimum(most, spectral_bound(pairs, problem.num_gpus, problem.max_slots))
+    total = pairs.sum(axis=(1, 2), dtype=np.float64)
+    return max(0.0, 1.0 - float(np.minimum(most, total).sum()) * (1 + 1e-12) / float(total.sum()))
+
+
+def objective_bound(problem: Problem) -> float:
+    """Lower bound on the problem's objective.
 
     * ``load``: mean over layers of :func:`load_floor`;
     * ``step-time``: :func:`step_time_bound`;
     * ``copies``: a token's ``k`` distinct experts need at least ``⌈k/S⌉`` GPUs of ``S`` slots;
-    * ``cross``: none yet (0 is valid but says nothing).
+    * ``cross``: :func:`cross_bound`.
     """
     if problem.objective == LOAD:
         return float(load_floor(problem).mean())
     if problem.objective == CROSS:
-        return None
+        return cross_bound(problem)
     if problem.objective == COPIES:
         slots = (
             problem.max_slots if problem.copies_level == "gpu" else problem.max_slots * problem.topology.gpus_per_node

@@ -18,10 +18,10 @@ HOMES = {  # package → where it may be imported, by the start of the file's pa
     "click": ("cli/",),
     "rich": ("report.py", "cli/"),
     "pulp": ("milp/cbc.py",),
-    "ortools": ("milp/cpsat.py",),
+    "ortools": ("milp/cpsat.py", "chains/duals.py"),
     "matplotlib": ("plots.py",),
     "torch": ("readers/",),
-    "numba": ("counting.py",),
+    "numba": ("counting.py", "chains/eigen.py"),
 }
 
 

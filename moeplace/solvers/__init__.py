@@ -22,6 +22,7 @@ from moeplace.bounds import load_floor, objective_bound
 from moeplace.errors import InfeasibleError, InputError, SolverError, unknown_name
 from moeplace.metrics import cross_shares, max_over_mean
 from moeplace.objective import UNITS, Term, objective_value, terms
+from moeplace.packing.eplb import balance_global, slots_without_copies
 from moeplace.partitions import MAX_DIVISIONS, num_divisions
 from moeplace.placement import Placement
 from moeplace.problem import COPIES, CROSS, Problem
@@ -92,6 +93,8 @@ def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
     if divisible(problem):
         few = num_divisions(problem.num_experts, problem.num_gpus)
         return (Candidate("linear"), Candidate("exact")), f"{few:,} ways to divide a layer: few enough for a proof"
+    if problem.objective == CROSS and not problem.whole_model:
+        return (Candidate("linear"), Candidate("search")), "traffic between GPUs: annealed, and bounded"
     binaries = problem.num_layers * problem.num_experts * problem.num_gpus
     tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance")]
     if problem.model.num_groups > 1 and problem.topology.num_nodes > 1:
@@ -139,12 +142,13 @@ def solve(problem: Problem, solver: str = AUTO, limits: Limits | None = None, re
     """
     limits, report = limits or Limits(), report or Report()
     check_cap(problem)
+    floor = objective_bound(problem)
     if solver == AUTO:
-        return _solve_auto(problem, limits, report)
-    return _solve_chain(problem, tuple(solver.split("+")), limits, report)
+        return _solve_auto(problem, limits, report, floor)
+    return _solve_chain(problem, tuple(solver.split("+")), limits, report, floor)
 
 
-def _solve_auto(problem: Problem, limits: Limits, report: Report) -> Solution:
+def _solve_auto(problem: Problem, limits: Limits, report: Report, floor: float) -> Solution:
     candidates, why = choose(problem)
     _check_options(AUTO, [candidate.name for candidate in candidates], limits)
     report.stage(AUTO, f"{', '.join(map(str, candidates))} ({why})")
@@ -152,15 +156,15 @@ def _solve_auto(problem: Problem, limits: Limits, report: Report) -> Solution:
     for candidate in candidates:
         if not tried or not limits.stop.is_set():
             report.stage(str(candidate), load_solver(candidate.name).DESCRIPTION)
-            tried.append((candidate, _run(problem, candidate.name, candidate.limits(limits), report)))
+            tried.append((candidate, _run(problem, candidate.name, candidate.limits(limits), report, floor)))
     found = [entry for entry in tried if entry[1].placement is not None]
     within = [entry for entry in found if not _over_cap(problem, entry[1].placement).any()]
     chosen, best = min(within or found or tried[:1], key=lambda entry: entry[1].objective)
     note = f"auto tried {', '.join(str(candidate) for candidate, _ in tried)}; {chosen} is best ({why})"
-    return _finish(problem, best.replace(notes=(*best.notes, note), history=tuple(report.history)))
+    return _finish(problem, best.replace(notes=(*best.notes, note), history=tuple(report.history)), floor)
 
 
-def _solve_chain(problem: Problem, names: Sequence[str], limits: Limits, report: Report) -> Solution:
+def _solve_chain(problem: Problem, names: Sequence[str], limits: Limits, report: Report, floor: float) -> Solution:
     _check_options("+".join(names), names, limits)
     answer: Solution | None = None
     ignored: list[str] = []
@@ -169,13 +173,13 @@ def _solve_chain(problem: Problem, names: Sequence[str], limits: Limits, report:
         if start is not None and not getattr(load_solver(name), "USES_START", False):
             ignored.append(f"{name} does not start from another placement: the answer is its own")
         report.stage(name, load_solver(name).DESCRIPTION)
-        answer = _run(problem if start is None else problem.replace(start=start), name, limits, report)
+        answer = _run(problem if start is None else problem.replace(start=start), name, limits, report, floor)
         if limits.stop.is_set():
             break
     if answer is None:
         raise SolverError("no solver was named")
     notes = (*answer.notes, *ignored)
-    return _finish(problem, answer.replace(solver="+".join(names), notes=notes, history=tuple(report.history)))
+    return _finish(problem, answer.replace(solver="+".join(names), notes=notes, history=tuple(report.history)), floor)
 
 
 def check_cap(problem: Problem) -> None:
@@ -206,13 +210,13 @@ def _check_options(solver: str, names: Sequence[str], limits: Limits) -> None:
         )
 
 
-def _run(problem: Problem, name: str, limits: Limits, report: Report) -> Solution:
+def _run(problem: Problem, name: str, limits: Limits, report: Report, floor: float) -> Solution:
     module = load_solver(name)
     own = {option: value for option, value in limits.options.items() if option in module.OPTIONS}
     answer = module.solve(problem, limits.replace(options=own), report)
     if answer.placement is not None:
         value = verify(problem, answer)
-        bound = objective_bound(problem) if answer.bound is None else answer.bound
+        bound = floor if answer.bound is None else answer.bound
         figures = {"load max/mean": float(max_over_mean(answer.placement, problem.stats.load).mean())}
         if problem.topology.num_nodes > 1 and (
             crossing := cross_shares(problem.stats, answer.placement, problem.topology)
@@ -256,6 +260,13 @@ def _check_placement(problem: Problem, placement: Placement) -> None:
     placement.check_fits(problem.slots_per_gpu, whole_model=problem.whole_model)
 
 
+def _captured(problem: Problem, value: float, bound: float) -> float | None:
+    """Share of the gain over EPLB's traffic that is possible by the bound; small gaps at many GPUs flatter a result."""
+    slots = slots_without_copies(problem.slots_per_gpu, problem.num_experts)
+    eplb = objective_value(problem, balance_global(problem.stats.load.astype(np.float64), slots))
+    return (eplb - value) / (eplb - bound) if eplb - bound > TOLERANCE else None
+
+
 def _over_cap(problem: Problem, placement: Placement | None) -> npt.NDArray[np.bool_]:
     """``[layer]`` whether a placement exceeds the load cap."""
     if problem.load_cap is None or placement is None:
@@ -264,7 +275,7 @@ def _over_cap(problem: Problem, placement: Placement | None) -> npt.NDArray[np.b
     return over
 
 
-def _finish(problem: Problem, answer: Solution) -> Solution:
+def _finish(problem: Problem, answer: Solution, floor: float) -> Solution:
     if answer.placement is None:
         return answer
     value = verify(problem, answer)
@@ -273,16 +284,16 @@ def _finish(problem: Problem, answer: Solution) -> Solution:
         layer = problem.stats.meta.layer_ids[int(np.argmax(over))]
         note = f"{answer.solver} exceeds the load cap in {int(over.sum())} layers, first layer {layer}"
         return answer.replace(placement=None, status=Status.UNKNOWN, notes=(*answer.notes, note), bound=None)
-    bounds = [bound for bound in (answer.bound, objective_bound(problem)) if bound is not None]
-    bound = min(max(bounds), value) if bounds else None
-    proven = bound is not None and value - bound <= TOLERANCE * max(1.0, value)
+    bound = min(value, floor if answer.bound is None else max(floor, answer.bound))
+    proven = value - bound <= TOLERANCE * max(1.0, value)
     notes, sample = answer.notes, problem.stats.sample
     if proven and problem.objective == COPIES and sample is not None and sample.num_tokens < problem.stats.num_tokens:
         notes = (*notes, f"proved for a sample of {sample.num_tokens} of {problem.stats.num_tokens} tokens")
     parts = dict(terms(problem, answer.placement))
-    floor = float(load_floor(problem).mean())
-    load = parts["load_max_over_mean_mean"]
-    parts["load_max_over_mean_mean"] = Term(value=load.value, unit=load.unit, bound=min(floor, load.value))
+    load, least = parts["load_max_over_mean_mean"], float(load_floor(problem).mean())
+    parts["load_max_over_mean_mean"] = Term(value=load.value, unit=load.unit, bound=min(least, load.value))
+    if problem.objective == CROSS and (captured := _captured(problem, value, bound)) is not None:
+        parts["captured_share"] = Term(value=captured, unit="of the possible gain over EPLB")
     return answer.replace(
         objective=value,
         unit=UNITS[problem.objective],
