@@ -19,7 +19,7 @@ from moeplace.counting import PairCounter, Tables
 from moeplace.errors import ProblemError, TraceError
 from moeplace.fingerprint import Hashes, TraceDigest, hashed, token_hashes
 from moeplace.frozen import digest, frozen_array, replaced, seal
-from moeplace.merging import Array, RowSample, packed, summed
+from moeplace.merging import Array, DistinctNumbers, RowSample, packed, summed
 from moeplace.trace import COLUMNS, PHASES, Counts, Trace, TraceMeta, TraceStream, assembled, id_dtype
 
 DEFAULT_SAMPLE_TOKENS = 200_000
@@ -170,7 +170,7 @@ class RoutingTally:
         self._counter = PairCounter(meta.num_layers, meta.num_experts, threads=threads, compiled=compiled)
         self._sampler = TokenSampler(sample_tokens, seed)
         self._digest, self._sources = TraceDigest(), _SourceLoad(meta)
-        self._requests = np.zeros(0, np.int64)
+        self._requests = DistinctNumbers()
         self.num_tokens = 0
 
     @property
@@ -196,7 +196,7 @@ class RoutingTally:
         self._counter.add(block.experts)
         self._sampler.add(block, hashes, self.num_tokens if first is None else first)
         self._digest.update(block, hashes)
-        self._requests = np.union1d(self._requests, block.request)
+        self._requests.add(np.unique(block.request))
         self._sources.add(block)
         self.num_tokens += block.num_tokens
 
@@ -224,7 +224,7 @@ class RoutingTally:
         )
         self._sampler.merge(other._sampler)
         self._digest.merge(other._digest)
-        self._requests = np.union1d(self._requests, other._requests)
+        self._requests.merge(other._requests)
         self._sources.merge(other._sources)
         self.num_tokens += other.num_tokens
 
@@ -250,7 +250,7 @@ class RoutingTally:
             meta=meta,
             load=counted,
             num_tokens=self.num_tokens,
-            num_requests=len(self._requests),
+            num_requests=len(self._requests.values()),
             transition=summed(np.zeros((meta.num_layers - 1, *square), np.int64), tables.transition),
             coactivation=together,
             sample=self._sampler.result(meta),
@@ -266,7 +266,7 @@ class RoutingTally:
             "load": tables.load,
             "transition": packed(tables.transition),
             "together": packed(tables.together),
-            "requests": self._requests,
+            "requests": self._requests.values(),
             "tokens": np.array(self.num_tokens),
             "digest": self._digest.totals,
             **known,
@@ -276,7 +276,7 @@ class RoutingTally:
     def restore(self, state: Mapping[str, Array]) -> None:
         """Take on what :meth:`state` returned of a tally of the same model and sample."""
         self._counter.tables = Tables(**{name: state[name] for name in ("load", "transition", "together")})
-        self._requests, self.num_tokens = state["requests"], int(state["tokens"])
+        self._requests, self.num_tokens = DistinctNumbers(state["requests"]), int(state["tokens"])
         self._digest.restore(state["digest"], (self.meta.num_layers, self.meta.top_k))
         self._sources.table = state.get("sources")
         sample = {name.removeprefix("sample/"): column for name, column in state.items() if name.startswith("sample/")}

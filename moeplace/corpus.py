@@ -8,17 +8,17 @@ were not finished. Memory is that of the statistics of a few parts, whatever the
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from moeplace.affinity import DEFAULT_SAMPLE_TOKENS, RoutingStats, RoutingTally
-from moeplace.engines import Run
+from moeplace.engines import Run, signals_held
 from moeplace.fingerprint import token_hashes
 from moeplace.frozen import Ints
 from moeplace.journal import Journal
-from moeplace.merging import Array
+from moeplace.merging import Array, DistinctNumbers
 from moeplace.parts import BadFile, PartedTrace, TracePart, bad_of_json, bad_to_json
 from moeplace.profile import ProfileTally, TraceProfile
 from moeplace.trace import TraceMeta
@@ -69,17 +69,18 @@ def count_parts(
     work = CountPart(
         sample_tokens=sample_tokens, seed=seed, compiled=int(source.file_bytes.sum()) >= COMPILE_FROM_BYTES or None
     )
-    with Journal(("count", source.identity, sample_tokens, seed), run.work_dir) as journal:
+    with Journal(("count", source.identity, sample_tokens, seed), run.work_dir, tell=run.tell) as journal:
         total = work.tally(source.bare_meta.replace(num_experts=source.bare_meta.top_k))
         total.restore(journal.load(STATE))
+        total.forget_unreadable()
         saver = _Saver(journal, total)
         try:
             _count_rest(source, run, work, saver)
-            meta = source.settled(total.largest_id, total.bad)
+            meta, bad = source.settled(total.largest_id, total.bad), tuple(total.bad)
+            counted = Counted(stats=total.routing.result(meta), profile=total.profile.result(meta), bad=bad)
         except BaseException:  # Ctrl-C too
             saver.save()
             raise
-        counted = Counted(stats=total.routing.result(meta), profile=total.profile.result(meta), bad=tuple(total.bad))
         journal.remove()
     return counted
 
@@ -106,7 +107,7 @@ class CountPart:
             hashes = token_hashes(chunk.tokens)
             tally.routing.add(chunk.tokens, hashes, chunk.first)
             tally.profile.add(chunk.tokens, hashes, chunk.number)
-        tally.files, tally.bad = np.array(part.files, np.int64), list(tokens.bad)
+        tally.add_files(np.array(part.files, np.int64), tokens.bad)
         return tally.state()
 
 
@@ -118,16 +119,41 @@ class FilesTally:
     ----------
     routing, profile
         Running statistics of the good ones.
-    files
-        Places of all of them in the recorded order.
-    bad
-        Those that break the format.
+    whole
+        Whether no merge was broken off: a state in between is of no use.
     """
 
     routing: RoutingTally
     profile: ProfileTally
-    files: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    bad: list[BadFile] = field(default_factory=list)
+    whole: bool = True
+    _files: DistinctNumbers = field(default_factory=DistinctNumbers)
+    _bad: dict[int, BadFile] = field(default_factory=dict)
+
+    @property
+    def files(self) -> Ints:
+        """Places of all files in the recorded order, sorted."""
+        return self._files.values()
+
+    @property
+    def num_bad(self) -> int:
+        """Files that were left out."""
+        return len(self._bad)
+
+    @property
+    def bad(self) -> list[BadFile]:
+        """Files that were left out, by name."""
+        return sorted(self._bad.values(), key=lambda file: file.name)
+
+    def add_files(self, files: Ints, bad: Iterable[BadFile]) -> None:
+        """Note which files the statistics are of, and which of them were left out."""
+        self._files.add(files)
+        self._bad.update({file.place: file for file in bad})
+
+    def forget_unreadable(self) -> None:
+        """Take files that could not be read as not met yet: they may be readable by now."""
+        gone = [file.place for file in self._bad.values() if file.unreadable]
+        self._files = DistinctNumbers(np.setdiff1d(self.files, gone))
+        self._bad = {place: file for place, file in self._bad.items() if not file.unreadable}
 
     @property
     def largest_id(self) -> int:
@@ -135,11 +161,13 @@ class FilesTally:
         return self.routing.num_experts - 1 if self.routing.num_tokens else -1
 
     def merge(self, other: FilesTally) -> None:
-        """Add the files of another tally."""
-        self.routing.merge(other.routing)
-        self.profile.merge(other.profile)
-        self.files = np.concatenate([self.files, other.files])
-        self.bad = sorted([*self.bad, *other.bad], key=lambda file: file.name)
+        """Add the files of another tally, as a whole: Ctrl-C waits for it."""
+        with signals_held():
+            self.whole = False
+            self.routing.merge(other.routing)
+            self.profile.merge(other.profile)
+            self.add_files(other.files, other._bad.values())
+            self.whole = True
 
     def state(self) -> dict[str, Array]:
         """Return the tally as named arrays, for :meth:`restore`."""
@@ -154,8 +182,7 @@ class FilesTally:
         """Take on what :meth:`state` returned of a tally of the same trace, if anything."""
         if state is None:
             return
-        self.files = state["files"]
-        self.bad = bad_of_json(state["bad"])
+        self.add_files(state["files"], bad_of_json(state["bad"]))
         for prefix, tally in (("routing/", self.routing), ("profile/", self.profile)):
             own = {name: array for name, array in state.items() if name.startswith(prefix)}
             tally.restore({name.removeprefix(prefix): array for name, array in own.items()})
@@ -169,8 +196,8 @@ class _Saver:
         self._kept, self._next = len(total.files), time.monotonic() + SAVE_EVERY_S
 
     def save(self) -> None:
-        """Keep the tally, if it has changed."""
-        if len(self.total.files) == self._kept:
+        """Keep the tally, if it has changed and is whole."""
+        if len(self.total.files) == self._kept or not self.total.whole:
             return
         started = time.monotonic()
         self._journal.save(STATE, self.total.state())
@@ -187,12 +214,14 @@ def _count_rest(source: PartedTrace, run: Run, work: CountPart, saver: _Saver) -
     """Count the files that are not counted yet."""
     total, sizes = saver.total, source.file_bytes
     rest = np.setdiff1d(np.arange(len(sizes)), total.files)
-    run.watch(len(total.files), int(sizes[total.files].sum()), len(total.bad))
+    files, size_bytes = len(total.files), int(sizes[total.files].sum())
+    run.watch(files, size_bytes, total.num_bad)
     even = int(sizes.sum()) // (PARTS_PER_WORKER * run.engine.workers)
     part_bytes = max(SMALLEST_PART_BYTES, min(even, source.table_bytes))
     for state in run.engine.run(work, source.parts(part_bytes, rest)):
         part = work.tally(total.routing.meta)
         part.restore(state)
         total.merge(part)
-        run.watch(len(total.files), int(sizes[total.files].sum()), len(total.bad))
+        files, size_bytes = files + len(part.files), size_bytes + int(sizes[part.files].sum())
+        run.watch(files, size_bytes, total.num_bad)
         saver.save_if_due()

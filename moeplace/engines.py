@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any, Self, TypeVar
 
 from moeplace.errors import InputError, MissingExtraError, MoeplaceError
@@ -110,11 +111,17 @@ class Processes(Engine):
 
     def close(self) -> None:
         """End the processes without waiting for what they do."""
-        processes = list((self._pool._processes or {}).values())  # noqa: SLF001 # terminate_workers of Python 3.14
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        pool = self._pool
+        processes = list((pool._processes or {}).values())  # noqa: SLF001 # terminate_workers of Python 3.14
+        results: Any = getattr(pool, "_result_queue", None)
+        pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             with contextlib.suppress(OSError, ValueError):
                 process.terminate()
+        # a worker that was ended within a result leaves the pool's thread waiting for the rest of it, until no process
+        # holds the other end of the pipe: this one does too
+        with contextlib.suppress(OSError, AttributeError):
+            results._writer.close()  # noqa: SLF001
 
 
 def _begin_worker() -> None:
@@ -193,6 +200,32 @@ class DaskCluster(Engine):
         self._client.close()
 
 
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM until the context is left: what is done in it is done as a whole."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if callable(handler):
+            signal.signal(number, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for held, frame in came[:1]:
+            again = before[signal.Signals(held)]
+            if callable(again):
+                again(held, frame)
+
+
+def _silent(sentence: str) -> None:
+    """Say nothing."""
+
+
 def _nothing(files: int, size_bytes: int, bad: int) -> None:
     """Say nothing."""
 
@@ -209,11 +242,14 @@ class Run:
         Folder for the progress; None is the platform's cache folder.
     watch
         Called with the numbers of files, bytes and bad files that are done, whenever they change.
+    tell
+        Called with what the user should know, such as that progress cannot be kept.
     """
 
     engine: Engine = field(default_factory=InProcess)
     work_dir: str | None = None
     watch: Callable[[int, int, int], None] = _nothing
+    tell: Callable[[str], None] = _silent
 
 
 def engine_for(cluster: str | None, threads: int, total_bytes: int) -> Engine:

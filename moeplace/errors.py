@@ -65,6 +65,10 @@ class InputError(MoeplaceError):
     """A file or value that cannot be used."""
 
 
+class UnreadableError(InputError):
+    """A file that the system does not open or read."""
+
+
 class TraceError(InputError):
     """A trace that breaks its format; carries the first bad rows."""
 

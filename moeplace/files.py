@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self, cast
 
-from moeplace.errors import InputError, Location, MissingExtraError, OutputError
+from moeplace.errors import InputError, Location, MissingExtraError, OutputError, UnreadableError
 
 HEAD_BYTES = 1 << 16
 STDIN_NAME = "<stdin>"
@@ -232,6 +232,18 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise :class:`OutputError` now where :func:`atomic_output` would after work was done; nothing is left behind."""
+    name = os.fspath(path)
+    if name == "-":
+        return
+    target = Path(os.path.realpath(name))
+    mode = _target_mode(target, name)
+    if mode is None or stat.S_ISREG(mode):
+        with _temporary_beside(target, name) as raw:
+            Path(os.fsdecode(raw.name)).unlink()
+
+
 class _Prefixed(io.RawIOBase):
     """A raw stream with bytes that were read from it put back in front."""
 
@@ -295,7 +307,7 @@ class _Checked(io.RawIOBase):
             what = f"{self._compression} data is damaged: {exc}"
             return InputError(what, hint="copy or record it again", where=where)
         if isinstance(exc, OSError):
-            return InputError(f"cannot be read: {exc.strerror or exc}", where=Location(file=self._name))
+            return UnreadableError(f"cannot be read: {exc.strerror or exc}", where=Location(file=self._name))
         return exc
 
 
@@ -351,12 +363,12 @@ def _open_path(path: Path, shown: str) -> BinaryIO:
     try:
         return path.open("rb")
     except FileNotFoundError as exc:
-        raise InputError("no such file", hint=_similar_names(path), where=where) from exc
+        raise UnreadableError("no such file", hint=_similar_names(path), where=where) from exc
     except IsADirectoryError as exc:
         raise InputError("is a directory", rule="the input is a file or -", where=where) from exc
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
-        raise InputError(f"cannot be opened: {reason}", where=where) from exc
+        raise UnreadableError(f"cannot be opened: {reason}", where=where) from exc
 
 
 def _similar_names(path: Path) -> str | None:

@@ -10,9 +10,11 @@ import contextlib
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Self
 
@@ -36,43 +38,73 @@ class Journal:
         All that the run depends on (see :func:`moeplace.frozen.digest`).
     folder
         Where runs are kept; None is the platform's cache folder.
+    tell
+        Called with a sentence where progress cannot be kept: another process is at work on the same run, or the cache
+        folder cannot be written. The journal is then a temporary folder, which is gone at the end.
 
     Raises
     ------
     OutputError
-        The folder cannot be written, or another process is at work on the same run.
+        The folder that was named cannot be written.
     """
 
-    def __init__(self, key: object, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        key: object,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        tell: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
         self._own_folder = folder is None
         if folder is None:
             from platformdirs import user_cache_path
 
             folder = user_cache_path("moeplace") / "runs"
-        self.path = Path(folder) / digest((VERSION, key))[:32]
+        self.path = Path(folder) / digest((VERSION, metadata.version("moeplace"), key))[:32]
         self._lock: IO[bytes] | None = None
+        self._tell, self._temporary = tell, False
 
     def __enter__(self) -> Self:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / "lock").open("ab")
+            self._lock = self._locked()
         except OSError as exc:
-            hint = "name a folder that can be written with --work-dir"
-            raise OutputError(f"cannot be written: {exc.strerror or exc}", hint=hint, where=str(self.path)) from exc
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            lock.close()
-            hint = "wait for it, or give this one another --work-dir"
-            raise OutputError("another process is at work on the same run", hint=hint, where=str(self.path)) from exc
-        self._lock = lock
-        if self._own_folder:
+            if not self._own_folder:
+                hint = "name a folder that can be written with --work-dir"
+                raise OutputError(f"cannot be written: {exc.strerror or exc}", hint=hint, where=str(self.path)) from exc
+            reason = f"{self.path.parent} cannot be written ({exc.strerror or exc})"
+            self._go_without(f"{reason}: progress is not kept; --work-dir names another folder", None)
+            return self
+        if self._lock is None:
+            self._go_without("another process is at work on the same trace: this one reads it anew", self.path.parent)
+        elif self._own_folder:
             self._forget_old_runs()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._temporary:
+            self.remove()
         if self._lock is not None:
             self._lock.close()
+
+    def _locked(self) -> IO[bytes] | None:
+        """Return the lock, held; None where another process holds it."""
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("ab")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.close()
+                return None
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path / "lock")):
+                    return lock
+            lock.close()  # the run that held it has ended, and deleted it, in between
+
+    def _go_without(self, sentence: str, folder: Path | None) -> None:
+        """Use a folder that is this process's own and ends with it."""
+        self.path, self._temporary = Path(tempfile.mkdtemp(prefix="moeplace-", dir=folder)), True
+        self._tell(sentence)
 
     def save(self, name: str, arrays: Mapping[str, Array]) -> Path:
         """Keep arrays under a name; the file appears, or is replaced, when it is complete."""
@@ -80,6 +112,10 @@ class Journal:
         with atomic_output(target) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type] # its other options are not among the names
         return target
+
+    def delete(self, name: str) -> None:
+        """Forget what is kept under a name."""
+        (self.path / f"{name}.npz").unlink(missing_ok=True)
 
     def names(self) -> list[str]:
         """Names that arrays are kept under, sorted."""

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
 from moeplace.fingerprint import hashed
 from moeplace.frozen import Ints
+from moeplace.merging import DistinctNumbers
 from moeplace.trace import Trace
 
 WINDOW, SHARE, LONGEST = 128, 0.75, 64
 
 
-@dataclass(slots=True)
 class LoopTally:
     """Requests in loops, and the tokens there, of the blocks added; tallies of parts merge.
 
-    Attributes
+    Parameters
     ----------
     requests
-        Numbers of the requests with a loop, sorted.
+        Numbers of the first requests with a loop, sorted, each once.
     tokens
         Tokens in loops.
     """
 
-    requests: Ints
-    tokens: int = 0
+    def __init__(self, requests: Ints, tokens: int = 0) -> None:
+        self._requests, self.tokens = DistinctNumbers(requests), tokens
 
     @classmethod
     def empty(cls) -> LoopTally:
         """Return the tally of no tokens."""
         return cls(np.zeros(0, np.int64))
+
+    @property
+    def requests(self) -> Ints:
+        """Numbers of the requests with a loop, sorted."""
+        return self._requests.values()
 
     def add(self, block: Trace) -> None:
         """Add a block; a request cut by its edge is looked at in two parts. Complexity: O(64) per token."""
@@ -42,7 +45,7 @@ class LoopTally:
 
     def merge(self, other: LoopTally) -> None:
         """Add another tally."""
-        self.requests = np.union1d(self.requests, other.requests)
+        self._requests.merge(other._requests)
         self.tokens += other.tokens
 
 

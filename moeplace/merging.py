@@ -1,6 +1,6 @@
-"""What statistics of parts are made of so that they merge: tables that grow, and samples of fixed size.
+"""What statistics of parts are made of so that they merge: tables that grow, sets of numbers, samples of fixed size.
 
-Both are commutative and associative: parts can be merged in any order and any grouping with the same result.
+All are commutative and associative: parts can be merged in any order and any grouping with the same result.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import numpy.typing as npt
 from moeplace.fingerprint import Hashes
 
 Array: TypeAlias = npt.NDArray[Any]
+
+SORT_FROM = 4096  # fewer waiting numbers are not worth a sort
 
 
 def grown(table: Array, shape: tuple[int, ...]) -> Array:
@@ -32,6 +34,41 @@ def summed(left: Array, right: Array) -> Array:
 def packed(table: Array) -> Array:
     """Return a table of counts in the smallest type that holds them, to be kept or sent."""
     return table.astype(np.min_scalar_type(int(table.max(initial=0))), copy=False)
+
+
+class DistinctNumbers:
+    """Whole numbers, each once. What adding some costs does not depend on how many there are.
+
+    They are sorted in when as many wait as are sorted. Complexity: O(log n) for each number, on average.
+
+    Parameters
+    ----------
+    values
+        The first ones, sorted, each once.
+    """
+
+    def __init__(self, values: Array | None = None) -> None:
+        self._sorted = np.zeros(0, np.int64) if values is None else values
+        self._waiting: list[Array] = []
+        self._num_waiting = 0
+
+    def add(self, values: Array) -> None:
+        """Add numbers, in any order."""
+        self._waiting.append(values)
+        self._num_waiting += len(values)
+        if self._num_waiting > max(SORT_FROM, len(self._sorted)):
+            self.values()
+
+    def merge(self, other: DistinctNumbers) -> None:
+        """Add another's numbers."""
+        self.add(other.values())
+
+    def values(self) -> Array:
+        """Return all of them, sorted, each once."""
+        if self._waiting:
+            self._sorted = np.unique(np.concatenate([self._sorted, *self._waiting]))
+            self._waiting, self._num_waiting = [], 0
+        return self._sorted
 
 
 class RowSample:
@@ -93,6 +130,7 @@ class RowSample:
         if self._held > self.size:
             best = np.argpartition(joined[""], self.size - 1)[: self.size]
             joined = {name: column[best] for name, column in joined.items()}
+            self._parts = [joined]  # first: stopped here by a signal, the rows are still those of the sample
             self._held, self.threshold = self.size, joined[""].max()
         self._parts = [joined]
         return joined

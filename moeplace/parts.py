@@ -25,10 +25,22 @@ LOOK_BYTES = 4 << 20  # of a part that is read to look at the beginning of a tra
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadFile:
-    """A file that was left out, and why."""
+    """A file that was left out, and why.
+
+    Attributes
+    ----------
+    name, reason
+        Which, and why.
+    place
+        Its place in the recorded order.
+    unreadable
+        Whether it could not be read at all: another run tries it again.
+    """
 
     name: str
     reason: str
+    place: int = -1
+    unreadable: bool = False
 
     def __str__(self) -> str:
         return self.reason
@@ -63,12 +75,16 @@ class PartTokens:
 
 def bad_to_json(bad: Sequence[BadFile]) -> npt.NDArray[np.uint8]:
     """Return bad files as bytes, to be kept beside other arrays."""
-    return np.frombuffer(json.dumps([[file.name, file.reason] for file in bad]).encode(), np.uint8)
+    told = [[file.name, file.reason, file.place, file.unreadable] for file in bad]
+    return np.frombuffer(json.dumps(told).encode(), np.uint8)
 
 
 def bad_of_json(data: npt.NDArray[np.uint8]) -> list[BadFile]:
     """Return the bad files that :func:`bad_to_json` was given."""
-    return [BadFile(name=name, reason=reason) for name, reason in json.loads(data.tobytes())]
+    return [
+        BadFile(name=name, reason=reason, place=place, unreadable=unreadable)
+        for name, reason, place, unreadable in json.loads(data.tobytes())
+    ]
 
 
 class TracePart(Protocol):
@@ -81,10 +97,6 @@ class TracePart(Protocol):
     @property
     def files(self) -> Sequence[int]:
         """Places of the files in the recorded order."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the files as they are stored."""
 
     def read(self) -> PartTokens:
         """Read the files."""
@@ -99,7 +111,7 @@ class PartedTrace(Protocol):
 
     @property
     def identity(self) -> str:
-        """Digest of the list of files, with sizes and times of change, and of how they are read."""
+        """Digest of the list of files, with sizes and times of change (an archive's own), and of how they are read."""
 
     @property
     def bare_meta(self) -> TraceMeta:
@@ -114,7 +126,7 @@ class PartedTrace(Protocol):
         """Bytes of the statistics of one part, roughly."""
 
     def parts(self, part_bytes: int, files: npt.NDArray[Any] | None = None) -> Iterator[TracePart]:
-        """Yield parts of at least ``part_bytes`` each over the named ``files`` (default: all), in order."""
+        """Yield parts of about ``part_bytes`` each over the named ``files`` (default: all), in order."""
 
     def settled(self, largest_id: int, bad: Sequence[BadFile]) -> TraceMeta:
         """Return the meta of the whole, from the largest expert id and the bad files that its parts have shown.

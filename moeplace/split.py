@@ -171,11 +171,6 @@ class SelectedPart:
         """Places of the part's files in the recorded order."""
         return self.part.files
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the files."""
-        return self.part.size_bytes
-
     def read(self) -> PartTokens:
         """Read the files, and keep what is selected."""
         read = self.part.read()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from moeplace.engines import Run
-from moeplace.errors import InputError
+from moeplace.errors import InputError, OutputError
 from moeplace.journal import Journal, load_arrays
 from moeplace.merging import Array
 from moeplace.parts import BadFile, PartedTrace, TracePart, bad_of_json, bad_to_json
@@ -52,8 +52,8 @@ class Spooled:
 def spooled(source: PartedTrace, run: Run | None = None) -> Iterator[Spooled]:
     """Read a trace of many files into a folder, which is deleted when the context is left.
 
-    A run that is killed or interrupted leaves what it has read, and the next one goes on from there. Disk space: the
-    ids of all tokens, a byte or two each.
+    A run that is killed or interrupted, or cannot write its output, leaves what it has read, and the next one goes on
+    from there. Disk space: the ids of all tokens, a byte or two each, and 25 bytes for each token.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def spooled(source: PartedTrace, run: Run | None = None) -> Iterator[Spooled]:
         More files are bad than may be left out, or none is good.
     """
     run = run or Run()
-    with Journal(("spool", source.identity), run.work_dir) as journal:
+    with Journal(("spool", source.identity), run.work_dir, tell=run.tell) as journal:
         _read_rest(source, run, journal)
         kept = {name: journal.load(name, only=("bad", "tokens", "largest")) or {} for name in journal.names()}
         bad = tuple(sorted((file for arrays in kept.values() for file in bad_of_json(arrays["bad"])), key=_by_name))
@@ -78,6 +78,8 @@ def spooled(source: PartedTrace, run: Run | None = None) -> Iterator[Spooled]:
         files = tuple(journal.path / f"{name}.npz" for name in filled)
         try:
             yield Spooled(meta=meta, files=files, bad=bad)
+        except OutputError:  # the next try begins to write at once
+            raise
         except Exception:
             journal.remove()
             raise
@@ -95,9 +97,12 @@ def _read_rest(source: PartedTrace, run: Run, journal: Journal) -> None:
     num_bad = 0
     for name in journal.names():
         arrays = journal.load(name, only=("files", "bad"))
-        if arrays is not None:
-            done[arrays["files"]] = True
-            num_bad += len(bad_of_json(arrays["bad"]))
+        bad = [] if arrays is None else bad_of_json(arrays["bad"])
+        if arrays is None or any(file.unreadable for file in bad):
+            journal.delete(name)  # damaged, or readable by now
+            continue
+        done[arrays["files"]] = True
+        num_bad += len(bad)
     run.watch(int(done.sum()), int(sizes[done].sum()), num_bad)
     for arrays in run.engine.run(arrays_of, source.parts(PART_BYTES, np.flatnonzero(~done))):
         journal.save(f"{arrays['files'][0]:09d}", arrays)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,13 +18,13 @@ import pytest
 from trace_cases import FakeModel, assert_same, real
 
 from moeplace import corpus, engines, spool
-from moeplace.affinity import RoutingStats, count_routing
+from moeplace.affinity import RoutingStats, RoutingTally, count_routing
 from moeplace.corpus import Counted, count_parts
 from moeplace.engines import DaskCluster, Engine, InProcess, Processes, Run
-from moeplace.errors import InputError, MoeplaceError, TraceError
+from moeplace.errors import InputError, MoeplaceError, OutputError, TraceError, UnreadableError
 from moeplace.parts import BadFile, PartedTrace, TracePart, first_blocks, parted
-from moeplace.profile import count_and_profile
-from moeplace.readers import open_trace, read_trace
+from moeplace.profile import ProfileTally, count_and_profile
+from moeplace.readers import _request_part, open_trace, read_trace
 from moeplace.split import parse_split, select
 from moeplace.spool import spooled
 from moeplace.trace import Counts, Trace, concatenate
@@ -148,6 +149,133 @@ def test_a_changed_file_is_another_run(folder: Path, tmp_path: Path) -> None:
     engine = Shuffled(0)
     count_parts(opened(folder), run(tmp_path, engine))
     assert engine.files_read == 41
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_a_file_changed_within_its_size_is_another_run(folder: Path, tmp_path: Path, archive: bool) -> None:
+    """Other ids of as many bytes, and the old time of change put back: what is kept is not used."""
+    path = tmp_path / "c.tar" if archive else folder
+
+    def changed(text: str) -> None:
+        file = folder / "art" / "0000.json"
+        before = file.stat()
+        file.write_text(text)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if archive:
+            was = path.stat() if path.exists() else None
+            with tarfile.open(path, "w") as out:
+                out.add(folder, arcname=".")
+            if was is not None:
+                os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+
+    changed(json.dumps([{"0": None, "1": [[0, 1]], "3": [[2, 3]]}]))
+    with pytest.raises(KeyboardInterrupt):
+        count_parts(opened(path), run(tmp_path, Shuffled(0, 3)), sample_tokens=9)
+    size = path.stat().st_size
+    changed(json.dumps([{"0": None, "1": [[4, 5]], "3": [[2, 3]]}]))
+    assert path.stat().st_size == size
+    engine = Shuffled(0)
+    counted = count_parts(opened(path), run(tmp_path, engine), sample_tokens=9)
+    assert engine.files_read == 40
+    assert counted.stats.trace_digest == serial(path).trace_digest
+
+
+@pytest.mark.parametrize("by_signal", [False, True])
+def test_an_interrupt_within_a_merge_spoils_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_signal: bool
+) -> None:
+    """Ctrl-C half way through a merge waits for its end; whatever else breaks it off, the state before it is kept."""
+    merge, count = ProfileTally.merge, iter(range(100))
+
+    def broken(self: ProfileTally, other: ProfileTally) -> None:
+        if next(count) == 5:
+            if not by_signal:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
+        merge(self, other)
+
+    first, second = Shuffled(1), Shuffled(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(ProfileTally, "merge", broken)
+        with pytest.raises(KeyboardInterrupt):
+            count_parts(opened(folder), run(tmp_path, first), sample_tokens=9)
+    counted = count_parts(opened(folder), run(tmp_path, second), sample_tokens=9)
+    assert counted.stats.digest() == serial(folder).digest()
+    assert second.files_read < 40
+
+
+def test_ctrl_c_at_the_results_loses_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file that was counted is kept when the run is stopped while results are made."""
+
+    def stopped(self: RoutingTally, meta: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RoutingTally, "result", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            count_parts(opened(folder), run(tmp_path, Shuffled(1)))
+    engine = Shuffled(2)
+    count_parts(opened(folder), run(tmp_path, engine))
+    assert engine.files_read == 0
+
+
+@pytest.mark.parametrize("command", ["count", "spool"])
+def test_a_file_that_could_not_be_read_is_tried_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """A file that the system did not open in one run is read by the next, and is not bad any more."""
+    read = _request_part.read_document
+
+    def refused(source: str, document: Any) -> bytes | InputError:
+        if document.name.endswith("0007.json"):
+            return UnreadableError("cannot be opened: Input/output error")
+        return read(source, document)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_request_part, "read_document", refused)
+        if command == "count":
+            with pytest.raises(TraceError, match="1 of 40 files"):
+                count_parts(opened(folder), run(tmp_path, Shuffled(1)), sample_tokens=9)
+        else:
+            with pytest.raises(TraceError, match="1 of 40 files"), spooled(opened(folder), run(tmp_path)):
+                pass
+    engine = Shuffled(2)
+    if command == "count":
+        counted = count_parts(opened(folder), run(tmp_path, engine), sample_tokens=9)
+        assert counted.stats.digest() == serial(folder).digest()
+        assert engine.files_read == 1
+    else:
+        with spooled(opened(folder), run(tmp_path, engine)) as found:
+            assert_same(concatenate(found.blocks(), found.meta), read_trace(folder))
+        assert 1 <= engine.files_read < 40
+
+
+def test_a_spool_outlives_ctrl_c_and_a_full_disk(folder: Path, tmp_path: Path) -> None:
+    """What was read is used by the next try, whether the user stopped the writing or it failed."""
+    for stop in (KeyboardInterrupt(), OutputError("cannot be written: No space left on device")):
+        engine = Shuffled(0)
+        with pytest.raises(type(stop)), spooled(opened(folder), run(tmp_path, engine)):
+            raise stop
+        again = Shuffled(0)
+        with spooled(opened(folder), run(tmp_path, again)):
+            pass
+        assert (engine.files_read, again.files_read) == (40, 0)
+
+
+def test_processes_end_while_they_send_results() -> None:
+    """Closing does not wait for the rest of a result that an ended worker had begun to send."""
+    code = (
+        "import sys, time\n"
+        "from moeplace.engines import Processes\n"
+        "if __name__ == '__main__':\n"
+        "    engine = Processes(2)\n"
+        "    results = engine.run(bytearray, [1 << 26] * 8)\n"
+        "    next(results)\n"
+        "    time.sleep(float(sys.argv[1]))\n"
+        "    engine.close()\n"
+    )
+    for delay in (0.0, 0.02, 0.05):
+        subprocess.run([sys.executable, "-c", code, str(delay)], check=True, timeout=60)
 
 
 def test_damaged_progress_is_left(folder: Path, tmp_path: Path) -> None:

@@ -34,14 +34,50 @@ def test_what_is_kept_comes_back(tmp_path: Path) -> None:
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    """The same run cannot be begun twice; it can be once the first has ended."""
-    with Journal("key", tmp_path):
-        with pytest.raises(OutputError, match="another process is at work"), Journal("key", tmp_path):
+    """A run that is begun twice has a folder of its own the second time, which ends with it; and says so."""
+    told: list[str] = []
+    with Journal("key", tmp_path) as first:
+        first.save("a", {"x": np.arange(3)})
+        with Journal("key", tmp_path, tell=told.append) as second:
+            assert second.path != first.path
+            assert second.names() == []
+            second.save("b", {"x": np.arange(3)})
+        assert not second.path.exists()
+        assert first.names() == ["a"]
+        with Journal("other", tmp_path, tell=told.append):
             pass
-        with Journal("other", tmp_path):
-            pass
-    with Journal("key", tmp_path):
-        pass
+    with Journal("key", tmp_path, tell=told.append) as again:
+        assert again.names() == ["a"]
+    assert len(told) == 1
+    assert "another process is at work" in told[0]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on in a temporary folder that is gone at the end, and the user is told."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    told: list[str] = []
+    with Journal("key", tell=told.append) as journal:
+        journal.save("a", {"x": np.arange(3)})
+        assert journal.names() == ["a"]
+    assert not journal.path.exists()
+    assert "--work-dir" in told[0]
+
+
+def test_another_version_of_moeplace_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept is read by the version that kept it alone."""
+    here = Journal("key", tmp_path).path
+    monkeypatch.setattr("moeplace.journal.metadata.version", lambda name: "0.0.1")
+    assert Journal("key", tmp_path).path != here
+
+
+def test_a_name_is_forgotten(tmp_path: Path) -> None:
+    """Deleting a name twice is no error."""
+    with Journal("key", tmp_path) as journal:
+        journal.save("a", {"x": np.arange(3)})
+        journal.delete("a")
+        journal.delete("a")
+        assert journal.names() == []
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:

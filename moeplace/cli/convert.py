@@ -62,12 +62,15 @@ def convert_command(trace: str, output: str | None, **options: Any) -> None:
     [steps, layers, experts]; in JSON dense layers have rows of zeros (--model tells which they are). Counts as input
     can be split by step.
     """
+    from moeplace.files import check_writable
     from moeplace.report import write_json
     from moeplace.subset import narrowed
     from moeplace.writers import write_traces
 
     targets = _targets(trace, output, options)
     subset = _subset(options)
+    for _, path in targets:
+        check_writable(path)
     source, said = _opened(trace, options)
     parts: list[Written] = []
     for part, path in targets:

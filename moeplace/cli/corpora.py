@@ -37,7 +37,7 @@ def count_source(
 
     with _run(whole, options, "counting") as run:
         counted = count_parts(whole, run)
-    tell_bad(counted.bad, options)
+    _tell_at_the_end(counted.bad, options)
     return counted.stats, counted.profile, counted.bad
 
 
@@ -54,21 +54,35 @@ def spool_source(source: TraceStream | Counts, options: dict[str, Any]) -> Trace
         with _run(whole, options, "reading") as run:
             found = stack.enter_context(spooled(whole, run))
         later = stack.pop_all()
-    click.get_current_context().call_on_close(later.close)
-    tell_bad(found.bad, options)
+    # what ends the command decides whether what was read is kept; click does not hand it on
+    click.get_current_context().call_on_close(lambda: later.__exit__(*sys.exc_info()))
+    _tell_at_the_end(found.bad, options)
     return found
+
+
+def _tell_at_the_end(bad: Sequence[BadFile], options: dict[str, Any]) -> None:
+    """Write which files were left out below everything else that the command writes."""
+    click.get_current_context().call_on_close(lambda: tell_bad(bad, options))
 
 
 def tell_bad(bad: Sequence[BadFile], options: dict[str, Any]) -> None:
     """Write which files were left out, and why, to standard error."""
     if not bad:
         return
-    click.echo(f"warning: {len(bad):,} file{'s' * (len(bad) != 1)} left out:", err=True)
-    shown = 0 if options["quiet"] else SHOWN_BAD_FILES
+    many = f"warning: {len(bad):,} file{'s' * (len(bad) != 1)} left out"
+    if options["quiet"]:
+        click.echo(f"{many}; stats --json lists all", err=True)
+        return
+    click.echo(f"{many}:", err=True)
+    shown = SHOWN_BAD_FILES
     for file in bad[:shown]:
         click.echo(f"  {str(file).splitlines()[0]}", err=True)
     if len(bad) > shown:
         click.echo(f"  … {len(bad) - shown:,} more; stats --json lists all", err=True)
+
+
+def _tell(sentence: str) -> None:
+    click.echo(f"note: {sentence}", err=True)
 
 
 @contextlib.contextmanager
@@ -80,7 +94,7 @@ def _run(source: PartedTrace, options: dict[str, Any], what: str) -> Iterator[Ru
     engine = engine_for(options.get("cluster"), options.get("threads", 1), int(sizes.sum()))
     with engine, _Progress(what, len(sizes), int(sizes.sum()), options) as progress:
         try:
-            yield Run(engine=engine, work_dir=options.get("work_dir"), watch=progress.update)
+            yield Run(engine=engine, work_dir=options.get("work_dir"), watch=progress.update, tell=_tell)
         except KeyboardInterrupt:
             progress.stop()
             if progress.files:

@@ -48,14 +48,14 @@ class Document:
     size_bytes
         Bytes as it is stored.
     changed_ns
-        Time of its last change, 0 in an archive.
+        Times of the last change of its content and of its entry, 0 in an archive.
     offset
         Where it begins in an archive that is not compressed, else None.
     """
 
     name: str
     size_bytes: int
-    changed_ns: int = 0
+    changed_ns: tuple[int, int] = (0, 0)
     offset: int | None = None
 
 
@@ -85,6 +85,14 @@ class Bundle:
         return bool(self.documents) and (
             isinstance(source, InputFolder) or (self._tar and source.can_reopen and source.compression is None)
         )
+
+    @property
+    def changed(self) -> tuple[int, int, int]:
+        """Size and times of change of an archive; zeros for a folder, whose documents have theirs."""
+        if isinstance(self._source, InputFolder) or not self._source.can_reopen:
+            return (0, 0, 0)
+        status = os.stat(self._source.name)
+        return (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def contents(self) -> Iterator[tuple[str, bytes | InputError]]:
         """Yield each document's name and decompressed content, or what kept it from being read.
@@ -201,7 +209,7 @@ def _on_disk(folder: str, name: str) -> Document:
         status = os.stat(os.path.join(folder, name))
     except OSError:  # reading it will say why
         return Document(name=name, size_bytes=0)
-    return Document(name=name, size_bytes=status.st_size, changed_ns=status.st_mtime_ns)
+    return Document(name=name, size_bytes=status.st_size, changed_ns=(status.st_mtime_ns, status.st_ctime_ns))
 
 
 def is_document(name: str) -> bool:

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import numpy as np
 
-from moeplace.errors import InputError
+from moeplace.errors import InputError, UnreadableError
 from moeplace.parts import TOKENS_PER_FILE, BadFile, Chunk, PartTokens
 from moeplace.readers._bundle import Document, read_document
 from moeplace.readers._common import Columns, frozen_columns
@@ -71,11 +71,6 @@ class RequestPart:
         """Places of the files in the recorded order."""
         return tuple(file.place for file in self.requests)
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the files as they are stored."""
-        return sum(file.document.size_bytes for file in self.requests)
-
     def read(self) -> PartTokens:
         """Read the files. Memory: that of the ids, and of one file's JSON."""
         with collector_paused():
@@ -90,7 +85,8 @@ class RequestPart:
                 try:
                     read.append((file, self._request(file)))
                 except InputError as exc:
-                    bad.append(BadFile(name=file.document.name, reason=str(exc)))
+                    unreadable, name = isinstance(exc, UnreadableError), file.document.name
+                    bad.append(BadFile(name=name, reason=str(exc), place=file.place, unreadable=unreadable))
             if read:
                 chunks.append(self._chunk(number, read))
         return PartTokens(chunks=tuple(chunks), bad=tuple(bad))

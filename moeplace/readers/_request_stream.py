@@ -79,7 +79,8 @@ class RequestStream(ColumnStream):
         model = self._options.model
         said = None if model is None else (model.num_experts, model.top_k, model.moe_layer_ids)
         documents = [(item.name, item.size_bytes, item.changed_ns, item.offset) for item in self._bundle.documents]
-        return digest((self._parse.__module__, os.path.abspath(self._source.name), said, documents))
+        source = os.path.abspath(self._source.name)
+        return digest((self._parse.__module__, source, said, self._bundle.changed, documents))
 
     @property
     def bare_meta(self) -> TraceMeta:
