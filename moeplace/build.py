@@ -24,6 +24,7 @@ from moeplace.scoring import law_for
 from moeplace.topology import Topology, load_topology
 from moeplace.trace import DECODE, PHASES, PREFILL, Counts, TraceMeta, TraceStream
 
+SHOWN_DOMAINS = 12
 DEFAULT_GPUS = 8
 RISKS = ("mean", "p95", "p99", "cvar95")
 WIRE_BYTES = {"fp8": 1, "bf16": 2}
@@ -344,7 +345,9 @@ def describe_trace(stats: RoutingStats, num_gpus: int) -> Mapping[str, str]:
         f"{plural(stats.meta.num_layers, 'MoE layer')} × {stats.meta.num_experts} experts, top-{stats.meta.top_k}"
     )
     if stats.meta.domains:
-        told["domains"] = ", ".join(stats.meta.domains)
+        names = stats.meta.domains
+        more = f" and {len(names) - SHOWN_DOMAINS:,} more" if len(names) > SHOWN_DOMAINS else ""
+        told["domains"] = ", ".join(names[:SHOWN_DOMAINS]) + more
     told["GPUs"] = f"{num_gpus}, experts placed contiguously"
     told["digest"] = stats.trace_digest[:12]
     return told

@@ -157,7 +157,7 @@ class InputFolder:
     name
         What errors call it: the path as given.
     files
-        Relative paths with ``/``, sorted.
+        Relative paths with ``/``, sorted; links to folders are followed, each folder once.
     can_reopen
         True: its files can be read as often as wanted.
 
@@ -173,8 +173,13 @@ class InputFolder:
         self.name = os.fspath(path)
         self._path = Path(self.name)
         found: list[str] = []
-        for folder, below, names in os.walk(self._path, onerror=self._not_listed):
-            below[:] = [name for name in below if not name.startswith(".")]
+        seen: set[str] = set()
+        for folder, below, names in os.walk(self._path, onerror=self._not_listed, followlinks=True):
+            real = os.path.realpath(folder)
+            below[:] = sorted(name for name in below if not name.startswith(".")) if real not in seen else []
+            if real in seen:  # a link to a folder that was met
+                continue
+            seen.add(real)
             place = Path(folder).relative_to(self._path)
             found += [(place / name).as_posix() for name in names if not name.startswith(".")]
         self.files = tuple(sorted(found))

@@ -105,7 +105,8 @@ class TraceInsight:
     phases, domains, domain_distance
         Prefill against decode; names, and total variation between each two of them, mean over layers.
     drift, drift_noise
-        Total variation between consecutive chunks of 25,000 tokens, and what chance alone would give.
+        Total variation between consecutive chunks of 25,000 tokens or more, and what chance alone would give where
+        the tokens of a request are as alike as here.
     sample
         How much the trace can support.
     """
@@ -151,6 +152,9 @@ def measure_trace(stats: RoutingStats, profile: TraceProfile) -> TraceInsight:
     """Compute every measure of a trace from its two tables. Complexity: O(layers·experts²·log experts)."""
     layers = range(stats.meta.num_layers)
     names, distance = domain_distances(profile)
+    sample = sample_size(stats, profile)
+    # chance moves loads by as much as if there were only so many independent tokens
+    chance = profile.drift_noise * math.sqrt(max(1.0, sample.design_effect or 1.0))
     return TraceInsight(
         num_tokens=stats.num_tokens,
         num_requests=stats.num_requests,
@@ -166,8 +170,8 @@ def measure_trace(stats: RoutingStats, profile: TraceProfile) -> TraceInsight:
         domains=names,
         domain_distance=distance,
         drift=tuple(profile.drift.tolist()),
-        drift_noise=tuple(profile.drift_noise.tolist()),
-        sample=sample_size(stats, profile),
+        drift_noise=tuple(chance.tolist()),
+        sample=sample,
     )
 
 

@@ -145,7 +145,7 @@ def sample_lines(insight: TraceInsight) -> dict[str, str]:
     told["drift"] = f"unknown: the trace is shorter than two chunks of {CHUNK_TOKENS:,} tokens"
     if insight.drift:
         told["drift"] = (
-            f"total variation of consecutive chunks of {CHUNK_TOKENS:,} tokens: median {np.median(insight.drift):.3f}, "
+            f"total variation of chunks of {CHUNK_TOKENS:,} tokens or more: median {np.median(insight.drift):.3f}, "
             f"max {max(insight.drift):.3f}; by chance {np.median(insight.drift_noise):.3f}"
         )
     if insight.most_distant is not None:

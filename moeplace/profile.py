@@ -19,6 +19,7 @@ from moeplace.merging import Array, RowSample, grown, summed
 from moeplace.parts import CHUNK_TOKENS
 from moeplace.trace import PHASES, PREFILL, Counts, Trace, TraceMeta, TraceStream
 
+MOST_DOMAINS = 128  # told apart; those after them are one
 REQUEST_GROUPS = 64  # random groups of requests between which the spread of the load is measured
 FOLLOWING_TOKENS = 20_000  # pairs of consecutive tokens kept
 COMPILE_FROM_SELECTIONS = 50_000_000  # about half a second of NumPy
@@ -31,7 +32,8 @@ class TraceProfile:
     Attributes
     ----------
     tokens
-        ``[phase, domain]`` tokens; one column where the trace records no domains.
+        ``[phase, domain]`` tokens; one column where the trace records no domains. Those after the first
+        :data:`MOST_DOMAINS` are one.
     load
         ``[phase, domain, layer, expert]`` selections; the phase of counts is prefill.
     group_tokens, group_load
@@ -71,7 +73,7 @@ def profile_trace(source: TraceStream | Counts) -> TraceProfile:
     tally = ProfileTally(source.meta)
     for block in source.blocks():
         tally.add(block, token_hashes(block))
-    return tally.result()
+    return tally.result(source.meta)
 
 
 def count_and_profile(source: TraceStream | Counts, **options: Any) -> tuple[RoutingStats, TraceProfile]:
@@ -83,7 +85,8 @@ def count_and_profile(source: TraceStream | Counts, **options: Any) -> tuple[Rou
         return count_routing(source, **options), _profile_counts(source)
     routing, profile = RoutingTally(source.meta, **options), ProfileTally(source.meta)
     routing.add_all(source.blocks(), profile.add)
-    return routing.result(), profile.result()
+    # names, and what was skipped, are known once the trace has been walked
+    return routing.result(source.meta), profile.result(source.meta)
 
 
 class ProfileTally:
@@ -101,8 +104,8 @@ class ProfileTally:
         layers, experts = meta.num_layers, meta.num_experts
         self.meta, self._compiled, self._seen = meta, compiled, 0
         self._tables = {
-            "tokens": np.zeros((len(PHASES), max(1, len(meta.domains))), np.int64),
-            "load": np.zeros((len(PHASES), max(1, len(meta.domains)), layers, experts), np.int64),
+            "tokens": np.zeros((len(PHASES), max(1, len(_named(meta)))), np.int64),
+            "load": np.zeros((len(PHASES), max(1, len(_named(meta))), layers, experts), np.int64),
             "group_tokens": np.zeros(REQUEST_GROUPS, np.int64),
             "group_load": np.zeros((REQUEST_GROUPS, layers, experts), np.int64),
         }
@@ -143,6 +146,7 @@ class ProfileTally:
     def result(self, meta: TraceMeta | None = None) -> TraceProfile:
         """Return the profile of the tokens so far; ``meta`` is the whole trace's where the tally's is a part's."""
         meta = meta or self.meta
+        meta = meta.replace(domains=_named(meta))
         shape = (meta.num_layers, meta.num_experts)
         tables = {
             name: grown(table, (*table.shape[:-2], *shape)) for name, table in self._tables.items() if "load" in name
@@ -179,9 +183,11 @@ class ProfileTally:
 
     def _add_parts(self, piece: Trace, compiled: bool) -> Ints:
         """Add tokens by phase and domain; return their load ``[layer, expert]``."""
-        domain = np.zeros(piece.num_tokens, np.int64) if piece.domain is None else piece.domain
+        domain = (
+            np.zeros(piece.num_tokens, np.int64) if piece.domain is None else np.minimum(piece.domain, MOST_DOMAINS)
+        )
         domains = max(int(domain.max()) + 1, self._tables["tokens"].shape[1])
-        group = piece.phase * domains + domain
+        group = piece.phase.astype(np.int64) * domains + domain
         present, number = np.unique(group, return_inverse=True)
         table = _grouped(piece, number, len(present), compiled)
         load = grown(self._tables["load"], (len(PHASES), domains, *table.shape[1:]))
@@ -220,6 +226,12 @@ class ProfileTally:
         return np.array([measures.successor_concentration(table) for table in tables])
 
 
+def _named(meta: TraceMeta) -> tuple[str, ...]:
+    """Names of the domains that are told apart, and one for all others."""
+    names = meta.domains
+    return names if len(names) <= MOST_DOMAINS else (*names[:MOST_DOMAINS], f"{len(names) - MOST_DOMAINS:,} others")
+
+
 def _grouped(block: Trace, group: Ints, count: int, compiled: bool) -> Ints:
     """``[group, layer, expert]`` selections, by histograms or, where there are many, in compiled loops."""
     if not compiled:
@@ -231,7 +243,8 @@ def _grouped(block: Trace, group: Ints, count: int, compiled: bool) -> Ints:
 
 def _profile_counts(counts: Counts) -> TraceProfile:
     meta, shape = counts.meta, counts.counts.shape[1:]
-    domain = np.zeros(counts.num_steps, np.int64) if counts.domain is None else counts.domain
+    domain = np.zeros(counts.num_steps, np.int64) if counts.domain is None else np.minimum(counts.domain, MOST_DOMAINS)
+    meta = meta.replace(domains=_named(meta))
     load = np.zeros((len(PHASES), int(domain.max(initial=0)) + 1, *shape), np.int64)
     np.add.at(load[PREFILL], domain, counts.counts)
     drift, noise = _step_chunks(counts).drift(meta.top_k)

@@ -23,7 +23,7 @@ from moeplace.corpus import Counted, count_parts
 from moeplace.engines import DaskCluster, Engine, InProcess, Processes, Run
 from moeplace.errors import InputError, MoeplaceError, OutputError, TraceError, UnreadableError
 from moeplace.parts import BadFile, PartedTrace, TracePart, first_blocks, parted
-from moeplace.profile import ProfileTally, count_and_profile
+from moeplace.profile import MOST_DOMAINS, ProfileTally, count_and_profile
 from moeplace.readers import _request_part, open_trace, read_trace
 from moeplace.split import parse_split, select
 from moeplace.spool import spooled
@@ -327,8 +327,10 @@ def test_a_folder_of_bad_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for name in ("1.json", "2.json"):
         (tmp_path / "a" / name).write_text('[{"1": [[0, 0]]}]')
-    with pytest.raises(TraceError, match="holds no routed tokens"):
-        open_trace(tmp_path / "a", skip_bad=None)
+    for skip_bad in (None, 0, 5):
+        with pytest.raises(TraceError, match="2 of 2 files break the format") as caught:
+            open_trace(tmp_path / "a", skip_bad=skip_bad)
+        assert "twice" in str(caught.value)
 
 
 @pytest.mark.parametrize("stop_after", [None, 0, 4])
@@ -506,3 +508,109 @@ def test_the_real_request_counts_alike(tmp_path: Path) -> None:
 def test_bad_files_print_as_their_reason() -> None:
     """A bad file is shown as the error that it gave."""
     assert str(BadFile(name="a", reason="a: not JSON")) == "a: not JSON"
+
+
+def _request(top_k: int, layers: Iterable[int], first: int = 0) -> str:
+    return json.dumps([{str(layer): [list(range(first, first + top_k))] for layer in layers}])
+
+
+@pytest.mark.parametrize("container", ["folder", "tar", "tar.gz"])
+def test_a_foreign_first_file_does_not_decide(folder: Path, tmp_path: Path, container: str) -> None:
+    """The trace is of the model that most of the first files are of; the other one is left out and named."""
+    (folder / "art" / "!first.json").write_text(_request(1, LAYERS))
+    path = folder
+    if container != "folder":
+        path = tmp_path / f"c.{container}"
+        with tarfile.open(path, "w:gz" if container.endswith("gz") else "w") as out:
+            for file in sorted(folder.rglob("*.json"))[1:] + sorted(folder.rglob("*.json"))[:1]:
+                out.add(file, arcname=str(file.relative_to(folder)))
+    stream = open_trace(path, skip_bad=None)
+    assert not isinstance(stream, Counts)
+    assert sum(block.num_tokens for block in stream.blocks()) == sum(
+        block.num_tokens
+        for block in open_trace(folder, skip_bad=None).blocks()  # type: ignore[union-attr]
+    )
+    assert stream.meta.top_k == TOP_K
+
+
+def test_many_bad_files_are_refused_unless_asked_for(folder: Path, tmp_path: Path) -> None:
+    """A folder of which a third is of another model is most likely a mistake; --skip-bad N says that it is not."""
+    for number in range(20):
+        (folder / "law" / f"x{number}.json").write_text(_request(1, LAYERS))
+    with pytest.raises(TraceError, match="20 of 60 files break the format") as caught:
+        count_parts(opened(folder, skip_bad=None), run(tmp_path))
+    assert "--skip-bad" in str(caught.value)
+    assert len(count_parts(opened(folder, skip_bad=20), run(tmp_path)).bad) == 20
+
+
+def test_a_compressed_archive_leaves_bad_files_out_too(folder: Path, tmp_path: Path) -> None:
+    """As a folder does: with the default, and with a number; and they are listed."""
+    damage(folder)
+    path = tmp_path / "c.tar.gz"
+    with tarfile.open(path, "w:gz") as out:
+        out.add(folder, arcname=".")
+    for skip_bad in (None, 3):
+        stream = open_trace(path, skip_bad=skip_bad)
+        assert not isinstance(stream, Counts)
+        stats, _ = count_and_profile(stream)
+        assert stats.num_requests == 40
+        assert len(getattr(stream, "bad_files")) == 3  # noqa: B009
+    with pytest.raises(TraceError):
+        list(open_trace(path, skip_bad=1).blocks())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("domains", [256, 300])
+def test_many_domains(tmp_path: Path, domains: int) -> None:
+    """One folder for each request: as many domains as are told apart, and one for all others."""
+    for number in range(domains):
+        path = tmp_path / "corpus" / f"d{number:03d}" / "r.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(_request(TOP_K, LAYERS, number % 4))
+    counted = count_parts(opened(tmp_path / "corpus"), run(tmp_path))
+    tokens = counted.profile.tokens.sum(axis=0)
+    assert len(tokens) == MOST_DOMAINS + 1
+    assert tokens.sum() == domains
+    assert tokens[-1] == domains - MOST_DOMAINS
+    assert counted.profile.meta.domains[-1] == f"{domains - MOST_DOMAINS} others"
+
+
+def test_links_to_folders_are_followed_once(folder: Path, tmp_path: Path) -> None:
+    """A folder that stands elsewhere is read; one that leads back, or to one that was met, adds nothing."""
+    elsewhere = write_requests(tmp_path / "elsewhere", 6, seed=5)
+    (folder / "more").symlink_to(elsewhere)
+    (folder / "back").symlink_to(folder)
+    (folder / "again").symlink_to(folder / "more")
+    assert len(opened(folder).file_bytes) == 46
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.json", b"two\nlines.json"])
+def test_names_that_are_no_text_are_escaped(folder: Path, tmp_path: Path, name: bytes) -> None:
+    """Such a file is read, named by escapes wherever it is told, and counted like any other."""
+    path = os.fsencode(folder / "art") + b"/" + name
+    Path(os.fsdecode(path)).write_text(_request(TOP_K, LAYERS))
+    counted = count_parts(opened(folder), run(tmp_path))
+    assert counted.stats.num_requests == 41
+    assert all(shown.isprintable() and shown.encode() for shown in counted.stats.meta.request_names)
+    Path(os.fsdecode(path)).write_text("[")
+    (bad,) = count_parts(opened(folder, skip_bad=1), run(tmp_path)).bad
+    assert bad.name.isprintable()
+    assert bad.reason.splitlines()[0].encode()
+
+
+def test_one_wild_id_does_not_size_the_tables(folder: Path, tmp_path: Path) -> None:
+    """Without a model, an id far beyond any known one is damage of its file, which is named."""
+    (folder / "art" / "wild.json").write_text(_request(TOP_K, LAYERS, 20_000))
+    counted = count_parts(opened(folder, skip_bad=None), run(tmp_path))
+    assert counted.stats.meta.num_experts == EXPERTS
+    assert [file.name for file in counted.bad] == ["art/wild.json"]
+    assert "--model" in counted.bad[0].reason
+
+
+def test_an_archive_whose_first_request_stands_far_behind(folder: Path, tmp_path: Path) -> None:
+    """A large file before the first JSON does not hide the format."""
+    (folder / "blob.bin").write_bytes(bytes(200_000))
+    path = tmp_path / "late.tar"
+    with tarfile.open(path, "w") as out:
+        out.add(folder / "blob.bin", arcname="blob.bin")
+        out.add(folder / "art", arcname="art")
+    assert len(opened(path).file_bytes) == 20

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from moeplace import measures
 from moeplace import profile as profile_module
 from moeplace.affinity import count_routing
 from moeplace.fingerprint import token_hashes
-from moeplace.insight import TraceInsight, measure_trace, patterns
+from moeplace.insight import TraceInsight, domain_distances, measure_trace, patterns
 from moeplace.parts import CHUNK_TOKENS
 from moeplace.profile import FOLLOWING_TOKENS, ProfileTally, count_and_profile, profile_trace
 from moeplace.readers import open_trace
@@ -420,3 +421,33 @@ def test_joined_blocks_are_the_trace() -> None:
     """The helper that cuts traces loses no token (what the block laws above rest on)."""
     trace = make_trace(0)
     assert concatenate(cut(trace, [3, 0, 9]).blocks(), trace.meta).digest() == trace.digest()
+
+
+def test_names_that_come_late_are_in_the_profile() -> None:
+    """A domain whose name is met after the first block has its name in what is told."""
+    whole = make_trace(1, tokens=40)
+    late = whole.meta.replace(domains=("art", "law"))
+
+    class Stream:
+        meta = whole.meta.replace(domains=("art",))
+
+        def blocks(self) -> Iterator[Trace]:
+            yield whole.take(np.arange(20)).replace(meta=self.meta, domain=np.zeros(20, np.int64))
+            Stream.meta = late
+            yield whole.take(np.arange(20, 40)).replace(meta=late, domain=np.ones(20, np.int64))
+
+    stats, profile = count_and_profile(Stream())
+    assert profile.meta.domains == stats.meta.domains == ("art", "law")
+    assert domain_distances(profile)[0] == ("art", "law")
+
+
+def test_chance_counts_whole_requests() -> None:
+    """Where tokens of a request are alike, chance moves the load of chunks by as much more."""
+    trace = long_trace(3 * CHUNK_TOKENS, 0)
+    alike = trace.replace(experts=(trace.request % 4).reshape(-1, 1, 1))
+    stats, profile = count_and_profile(alike)
+    insight = measure_trace(stats, profile)
+    design = insight.sample.design_effect
+    assert design is not None
+    assert design > 1
+    assert insight.drift_noise == pytest.approx(profile.drift_noise * math.sqrt(design))

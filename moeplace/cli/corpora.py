@@ -31,8 +31,9 @@ def count_source(
     whole = parted(source)
     if whole is None:
         stats, profile = count_and_profile(source, threads=options["threads"])
-        # what was skipped is known once the trace has been walked
-        return stats.replace(meta=source.meta), profile, ()
+        bad = tuple(getattr(source, "bad_files", ()))
+        _tell_at_the_end(bad, options)
+        return stats, profile, bad
     from moeplace.corpus import count_parts
 
     with _run(whole, options, "counting") as run:

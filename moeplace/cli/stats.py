@@ -54,7 +54,7 @@ def stats_command(trace: str, fit: str | None, heat: bool, **options: Any) -> No
     warn(stats.meta.assumptions, quiet=options["quiet"])
     if options["as_json"]:
         found = [asdict(finding) for finding in findings]
-        left_out = {"bad_files": [asdict(file) for file in bad]} if bad else {}
+        left_out = {"bad_files": [{"name": file.name, "reason": file.reason} for file in bad]} if bad else {}
         write_json(summary.to_dict() | {"insight": insight.to_dict(), "findings": found} | left_out)
         return
     write_overview(summary, insight, describe_trace(stats, topology.num_gpus), stats.load if heat else None)

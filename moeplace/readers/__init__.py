@@ -20,6 +20,7 @@ from typing import cast
 
 from moeplace.errors import Location, TraceError, unknown_name
 from moeplace.files import InputFile, open_input
+from moeplace.readers._bundle import first_document, first_of_archive, is_tar
 from moeplace.readers._common import ModelLike, ReaderOptions
 from moeplace.trace import Counts, Trace, TraceStream, concatenate
 
@@ -112,6 +113,8 @@ def _sniffed(source: InputFile, head: bytes, names: tuple[str, ...]) -> str:
         # the names stand at the end of a zip archive, and tell one npz from another
         members = _member_names(source)
         head = b"\n".join([head, *(member.encode() for member in members)])
+    if is_tar(head) and source.can_reopen and not first_document(head):
+        head = first_of_archive(source) or head  # it stands behind the first bytes
     scores = {name: int(_reader(name).sniff(head, source.name)) for name in names}
     best = max(names, key=lambda name: scores[name])
     if scores[best] > 0:

@@ -20,6 +20,15 @@ _TAR_MAGIC_AT = 257
 _BEGINNING = 1 << 12
 
 
+def printable(name: str) -> str:
+    """Return a file's name as it can be written anywhere: bytes that are no text, and controls, as escapes."""
+    return (
+        name
+        if name.isprintable()
+        else "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in name)
+    )
+
+
 def is_tar(head: bytes) -> bool:
     """True for the first bytes of a tar archive."""
     return head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar"
@@ -34,6 +43,15 @@ def first_document(head: bytes) -> bytes:
                     return _beginning(head[member.offset_data :][: member.size])
     except (tarfile.TarError, OSError):
         pass
+    return b""
+
+
+def first_of_archive(source: InputFile) -> bytes:
+    """Return the beginning of the first JSON document of a tar archive that can be opened again; empty without one."""
+    for document in Bundle(source).documents[:1]:
+        if document.offset is not None and source.compression is None:
+            data = read_document(source.name, document)
+            return b"" if isinstance(data, InputError) else data[:_BEGINNING]
     return b""
 
 
@@ -87,6 +105,11 @@ class Bundle:
         )
 
     @property
+    def is_archive(self) -> bool:
+        """Whether it is a tar archive."""
+        return self._tar
+
+    @property
     def changed(self) -> tuple[int, int, int]:
         """Size and times of change of an archive; zeros for a folder, whose documents have theirs."""
         if isinstance(self._source, InputFolder) or not self._source.can_reopen:
@@ -114,13 +137,14 @@ class Bundle:
 
     def file(self, name: str) -> str:
         """What errors call a document."""
+        name = printable(name)
         if isinstance(self._source, InputFolder):
             return f"{self._source.name.rstrip('/')}/{name}"
         return f"{self._source.name}:{name}" if self._tar else self._source.name
 
     def folder(self, name: str) -> str:
         """Name of the folder that a document lies in; empty when it is not known."""
-        inside = PurePosixPath(name).parent.name
+        inside = printable(PurePosixPath(name).parent.name)
         if inside:
             return inside
         whole = PurePosixPath(self._source.name)

@@ -9,7 +9,7 @@ import numpy as np
 
 from moeplace.errors import InputError, UnreadableError
 from moeplace.parts import TOKENS_PER_FILE, BadFile, Chunk, PartTokens
-from moeplace.readers._bundle import Document, read_document
+from moeplace.readers._bundle import Document, printable, read_document
 from moeplace.readers._common import Columns, frozen_columns
 from moeplace.readers._nested import collector_paused
 from moeplace.readers._request import Request, RequestParser, RequestShape
@@ -85,7 +85,7 @@ class RequestPart:
                 try:
                     read.append((file, self._request(file)))
                 except InputError as exc:
-                    unreadable, name = isinstance(exc, UnreadableError), file.document.name
+                    unreadable, name = isinstance(exc, UnreadableError), printable(file.document.name)
                     bad.append(BadFile(name=name, reason=str(exc), place=file.place, unreadable=unreadable))
             if read:
                 chunks.append(self._chunk(number, read))

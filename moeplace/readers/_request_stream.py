@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,15 +15,19 @@ from moeplace.errors import InputError, Location, TraceError
 from moeplace.files import InputFile, InputFolder
 from moeplace.frozen import Ints, digest
 from moeplace.parts import CHUNK_TOKENS, MOST_CHUNKS, BadFile
-from moeplace.readers._bundle import Bundle, first_document, is_document, is_tar, read_document
+from moeplace.readers._bundle import Bundle, Document, first_document, is_document, is_tar, printable, read_document
 from moeplace.readers._columns import BlockBuilder, ColumnStream, tally
-from moeplace.readers._common import SHOWN_BAD_ROWS, BadRows, Columns, Labels, ReaderOptions
+from moeplace.readers._common import SHOWN_BAD_ROWS, BadRows, Columns, IdLimit, Labels, ReaderOptions
 from moeplace.readers._meta import Declared, Shape
 from moeplace.readers._request import Request, RequestParser, RequestShape
 from moeplace.readers._request_part import RequestFile, RequestPart, request_columns
-from moeplace.trace import Trace, TraceMeta
+from moeplace.trace import MAX_EXPERTS, Trace, TraceMeta
 
 LOOKS, SNIFFED_FILES = 92, 8
+SHAPE_FILES = 7  # the shape that most of the first ones have is the trace's
+BAD_FILES_TO_GIVE_UP = 200  # the first ones, all bad
+UNNAMED_EXPERTS = 1024  # the largest known model has half as many; tables grow with the square
+MOST_BAD = 0.2  # share of bad files that are left out without being asked for
 
 
 class RequestStream(ColumnStream):
@@ -37,14 +43,16 @@ class RequestStream(ColumnStream):
         self._bundle, self._parse = Bundle(source), parse
         self._common: RequestShape | None = None
         self._bytes_per_token, self._guessed_experts = 1.0, 1
-        self._requests = Labels(self._bundle.names)
+        self._requests = Labels([printable(name) for name in self._bundle.names])
         self._domains = Labels()
         if self._bundle.names:
             self._domains.numbers([self._bundle.folder(name) for name in self._bundle.names])
         if self._bundle.ignored:
             shown = ", ".join(self._bundle.ignored[:3])
             self._shape.assume(f"{len(self._bundle.ignored)} files that are not JSON left out: {shown}")
-        self._limit = options.bad_files if self.can_part or not self._bundle.names else 0
+        self._many = len(self._bundle.documents) != 1 or isinstance(source, InputFolder) or self._bundle.is_archive
+        self._limit = options.bad_files if self._many else options.skip_bad
+        self.bad_files: tuple[BadFile, ...] = ()
         self._started = False
         if self.can_part:
             self._find_shape()
@@ -114,8 +122,7 @@ class RequestStream(ColumnStream):
     def settled(self, largest_id: int, bad: Sequence[BadFile]) -> TraceMeta:
         """Return the meta of the whole, from what its parts have shown."""
         files = len(self._bundle.documents)
-        if len(bad) > self._limit or len(bad) == files:
-            raise _too_many(bad, files, self._source.name)
+        self._check_share(bad, files)
         self._shape.set_num_experts(largest_id)
         left_out = f"{len(bad):,} of {files:,} files break the format and are left out"
         return self._shape.build(extra=(left_out,) if bad else (), **self._names())
@@ -132,22 +139,51 @@ class RequestStream(ColumnStream):
             chunk=chunk,
         )
 
+    def _check_share(self, bad: Sequence[BadFile], files: int) -> None:
+        """Raise where more files are bad than the user allows, or than a folder of this format has."""
+        unasked = math.isinf(self._limit) and len(bad) > max(1.0, MOST_BAD * files)
+        if len(bad) > self._limit or len(bad) == files or unasked:
+            raise _too_many(bad, files, self._source.name)
+
     def _find_shape(self) -> None:
-        """Learn the layers and top-k from the first request that can be read."""
-        bad = BadRows(self._limit)
+        """Learn the layers and top-k from the first requests that can be read: what most of them have."""
+        bad: list[BadFile] = []
+        found: list[tuple[str, Document, Request]] = []
         for document in self._bundle.documents:
             file = self._bundle.file(document.name)
             try:
                 request = _parsed(self._parse, read_document(self._source.name, document), file)
-                self._settle(request, file)
+                self._try(request, file)
             except InputError as exc:
-                tally(bad, exc, file)
+                bad.append(BadFile(name=printable(document.name), reason=str(exc)))
+                if len(bad) == BAD_FILES_TO_GIVE_UP and not found:
+                    break
                 continue
-            self._bytes_per_token = max(1.0, document.size_bytes / len(request.experts))
-            self._guessed_experts = self._shape.num_experts or 1 << int(request.experts.max()).bit_length()
-            return
-        bad.check()
-        self._begin()  # every file is bad, and may be: the walk says so
+            found.append((file, document, request))
+            if len(found) == SHAPE_FILES:
+                break
+        if not found:
+            raise _too_many(bad, len(self._bundle.documents), self._source.name)
+        shapes = [(request.layer_ids, request.experts.shape[2]) for _, _, request in found]
+        file, document, request = found[shapes.index(Counter(shapes).most_common(1)[0][0])]
+        self._settle(request, file)
+        self._bytes_per_token = max(1.0, document.size_bytes / len(request.experts))
+        self._guessed_experts = self._shape.num_experts or 1 << int(request.experts.max()).bit_length()
+
+    def _try(self, request: Request, file: str) -> None:
+        """Raise where a request alone is not one of the model."""
+        shape, top_k = Shape(file, Declared(), self._options.model, Location(file=file)), request.experts.shape[2]
+        shape.set_top_k(top_k)
+        shape.set_layers(len(request.layer_ids), request.layer_ids)
+        RequestShape(layer_ids=request.layer_ids, top_k=top_k, limit=self._limit_of_ids).check(request, file)
+
+    @property
+    def _limit_of_ids(self) -> IdLimit:
+        """The largest id there may be; where nobody says it, one that statistics still have room for."""
+        limit = self._shape.limit
+        if limit.num_experts < MAX_EXPERTS:
+            return limit
+        return IdLimit(num_experts=UNNAMED_EXPERTS, source="without --model a larger id is taken for damage")
 
     @property
     def _settled_shape(self) -> RequestShape:
@@ -162,12 +198,15 @@ class RequestStream(ColumnStream):
     def _rows(self) -> Iterator[Columns]:
         bad = self._row_bad = BadRows(self._limit)
         builder = BlockBuilder(self._options.block_bytes)
+        left_out: list[BadFile] = []
+        files = 0
         for name, data in self._bundle.contents():
-            file = self._bundle.file(name)
+            file, files = self._bundle.file(name), files + 1
             try:
                 request = _parsed(self._parse, data, file)
                 self._settle(request, file)
             except InputError as exc:
+                left_out.append(BadFile(name=printable(name), reason=str(exc)))
                 tally(bad, exc, file)
                 continue
             block = builder.add(request_columns(request, self._number(self._requests, name), self._domain(name)))
@@ -175,6 +214,9 @@ class RequestStream(ColumnStream):
                 bad.check()
                 yield block
         bad.check()
+        if self._many and left_out:
+            self._check_share(left_out, files)
+        self.bad_files = tuple(left_out) if self._many else ()
         block = builder.rest()
         if block is not None:
             yield block
@@ -183,10 +225,11 @@ class RequestStream(ColumnStream):
         """Learn the layers and top-k from the first request, and hold the others to it."""
         top_k = request.experts.shape[2]
         if self._common is None:
+            self._try(request, file)
             self._shape.where = Location(file=file)
             self._shape.set_top_k(top_k)
             self._shape.set_layers(len(request.layer_ids), request.layer_ids)
-            self._common = RequestShape(layer_ids=request.layer_ids, top_k=top_k, limit=self._shape.limit)
+            self._common = RequestShape(layer_ids=request.layer_ids, top_k=top_k, limit=self._limit_of_ids)
         self._common.check(request, file)
 
     def _domain(self, name: str) -> int | None:
@@ -194,7 +237,7 @@ class RequestStream(ColumnStream):
         return self._number(self._domains, folder) if folder or self._domains.names not in ((), ("",)) else None
 
     def _number(self, labels: Labels, name: str) -> int:
-        numbers = labels.numbers([name])
+        numbers = labels.numbers([printable(name)])
         return 0 if numbers is None else int(numbers[0])
 
     def _place(self, columns: Columns, token: int, layer: int) -> Location:
