@@ -234,7 +234,7 @@ def test_a_file_that_could_not_be_read_is_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(_request_part, "read_document", refused)
         if command == "count":
-            with pytest.raises(TraceError, match="1 of 40 files"):
+            with pytest.raises(TraceError, match="1 of 40 files cannot be read"):
                 count_parts(opened(folder), run(tmp_path, Shuffled(1)), sample_tokens=9)
         else:
             with pytest.raises(TraceError, match="1 of 40 files"), spooled(opened(folder), run(tmp_path)):

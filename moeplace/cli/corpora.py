@@ -158,13 +158,14 @@ class _Progress:
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
+        from rich.table import Column
 
         from moeplace.report import console
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[files]}"),
+            TextColumn("{task.fields[files]}", table_column=Column(no_wrap=True)),
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),

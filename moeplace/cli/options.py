@@ -222,7 +222,7 @@ def trace_input(command: Command) -> Command:
         option(
             "--skip-bad",
             type=Whole(0),
-            help="Skip up to this many bad rows, or files of a folder of requests; default: no row, any file.",
+            help="Skip up to this many bad rows, or files of a folder; default: no row, a fifth of the files.",
         ),
         option(
             "--input-format", metavar="NAME", help="Format of the trace; default: by content (moeplace list formats)."

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moeplace.errors import InputError, Location, TraceError
+from moeplace.errors import InputError, Location, TraceError, UnreadableError
 from moeplace.files import InputFile, InputFolder
 from moeplace.frozen import Ints, digest
 from moeplace.parts import CHUNK_TOKENS, MOST_CHUNKS, BadFile
@@ -124,7 +124,7 @@ class RequestStream(ColumnStream):
         files = len(self._bundle.documents)
         self._check_share(bad, files)
         self._shape.set_num_experts(largest_id)
-        left_out = f"{len(bad):,} of {files:,} files break the format and are left out"
+        left_out = f"{len(bad):,} of {files:,} files {_trouble(bad)} and are left out"
         return self._shape.build(extra=(left_out,) if bad else (), **self._names())
 
     def _file(self, place: int, chunk: int) -> RequestFile:
@@ -155,7 +155,8 @@ class RequestStream(ColumnStream):
                 request = _parsed(self._parse, read_document(self._source.name, document), file)
                 self._try(request, file)
             except InputError as exc:
-                bad.append(BadFile(name=printable(document.name), reason=str(exc)))
+                unreadable = isinstance(exc, UnreadableError)
+                bad.append(BadFile(name=printable(document.name), reason=str(exc), unreadable=unreadable))
                 if len(bad) == BAD_FILES_TO_GIVE_UP and not found:
                     break
                 continue
@@ -251,11 +252,19 @@ def _parsed(parse: RequestParser, data: bytes | InputError, file: str) -> Reques
     return parse(data, file)
 
 
+def _trouble(bad: Sequence[BadFile]) -> str:
+    """What is the matter with bad files."""
+    unreadable = sum(file.unreadable for file in bad)
+    if not unreadable:
+        return "break the format"
+    return "cannot be read" if unreadable == len(bad) else "break the format or cannot be read"
+
+
 def _too_many(bad: Sequence[BadFile], files: int, folder: str) -> TraceError:
     """The error for more bad files than may be left out, with the first few."""
     hint = "--skip-bad N leaves out up to N of them" if len(bad) < files else "is it a folder of another format?"
     return TraceError(
-        f"{len(bad):,} of {files:,} files break the format",
+        f"{len(bad):,} of {files:,} files {_trouble(bad)}",
         rule="every file is one request",
         hint=hint,
         where=Location(file=folder),
