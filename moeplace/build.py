@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from moeplace.affinity import RoutingStats, count_routing
 from moeplace.batches import DEFAULT_PREFILL_TOKENS, DEFAULT_REQUESTS, MIXED, UNIFORM, BatchLaw
 from moeplace.calibration import calibrate, read_compute_table
-from moeplace.checks import check_stats, identical_start
+from moeplace.checks import Finding, check_stats, identical_start
 from moeplace.errors import InputError, ProblemError, UnknownNameError, unknown_name
 from moeplace.frozen import Floats, Ints
 from moeplace.metrics import max_over_mean
@@ -257,13 +257,13 @@ def assumptions(problem: Problem, choices: Choices) -> tuple[str, ...]:
     return tuple(said)
 
 
-def trace_warnings(source: TraceStream | Counts, problem: Problem) -> tuple[str, ...]:
+def trace_warnings(source: TraceStream | Counts, problem: Problem, doubts: Sequence[Finding] = ()) -> tuple[str, ...]:
     """What looks wrong with the trace of a problem, one sentence each with what to do about it.
 
-    Only what is cheap to find is looked for: in the statistics, and at the start of the trace. ``moeplace stats`` looks
-    for more.
+    Only what is cheap to find is looked for: in the statistics, and at the start of the trace; ``doubts`` are what
+    counting it has raised (:func:`~moeplace.soundness.count_and_doubt`). ``moeplace stats`` looks for more.
     """
-    found = check_stats(problem.stats, problem.model)
+    found = [*doubts, *check_stats(problem.stats, problem.model)]
     if not isinstance(source, Counts):
         found = [*identical_start(source), *found]
     return tuple(str(finding) for finding in found if finding.level == "warning")

@@ -152,7 +152,7 @@ def measure_trace(stats: RoutingStats, profile: TraceProfile) -> TraceInsight:
     """Compute every measure of a trace from its two tables. Complexity: O(layers·experts²·log experts)."""
     layers = range(stats.meta.num_layers)
     names, distance = domain_distances(profile)
-    sample = sample_size(stats, profile)
+    sample = sample_size(stats, profile.group_tokens, profile.group_load)
     # chance moves loads by as much as if there were only so many independent tokens
     chance = profile.drift_noise * math.sqrt(max(1.0, sample.design_effect or 1.0))
     return TraceInsight(
@@ -224,13 +224,14 @@ def domain_distances(profile: TraceProfile) -> tuple[tuple[str, ...], tuple[tupl
     return tuple(known[d] if d < len(known) else str(d) for d in present), tuple(rows)
 
 
-def sample_size(stats: RoutingStats, profile: TraceProfile) -> SampleSize:
+def sample_size(stats: RoutingStats, group_tokens: Ints, group_load: Ints) -> SampleSize:
     """Measure how many independent tokens a trace is worth, and whether they suffice for its experts.
 
     With ``q = k/E`` and n effective tokens the load of an average expert has relative standard error
-    ``sqrt((1 − q)/(q·n))``; beyond 10 % the trace is short.
+    ``sqrt((1 − q)/(q·n))``; beyond 10 % the trace is short. ``group_tokens`` [group] and ``group_load`` [group, layer,
+    expert] are those of a :class:`~moeplace.profile.TraceProfile`. Complexity: O(groups·layers·experts).
     """
-    effects = [measures.design_effect(load, profile.group_tokens) for load in profile.group_load.transpose(1, 0, 2)]
+    effects = [measures.design_effect(load, group_tokens) for load in group_load.transpose(1, 0, 2)]
     known = [effect for effect in effects if effect is not None]
     design = float(np.median(known)) if known else None
     effective = stats.num_tokens / max(1.0, design or 1.0)

@@ -51,6 +51,26 @@ def test_the_plan_lists_warnings_apart_from_assumptions(shell: Shell) -> None:
     assert shell("solve good.npz --dry-run --json").json["warnings"] == []
 
 
+def test_a_short_trace_and_loops_are_told_as_stats_tells_them(shell: Shell) -> None:
+    """Solve warns of loops and of too few tokens, in the words and figures of stats; enough of good ones is fine."""
+    rng = np.random.default_rng(0)
+    trace = make_trace(0, **(SHAPE | {"tokens": 12_000, "requests": 40}))
+    trace = trace.replace(experts=np.argsort(rng.random((12_000, 3, 32)), axis=2)[:, :, :4])
+    trace = trace.replace(request=np.repeat(np.arange(40), 300), position=np.tile(np.arange(300), 40))
+    write_trace(trace, shell.folder / "fine.npz")
+    assert shell("solve fine.npz --dry-run --json").json["warnings"] == []
+    looping = trace.experts.copy()
+    for request in range(4):
+        looping[300 * request : 300 * (request + 1)] = looping[300 * request]
+    write_trace(trace.replace(experts=looping), shell.folder / "loops.npz")
+    said = shell("solve loops.npz -s linear -o p.json").err
+    assert "note: 4 of 40 requests run in loops of repeated tokens" in said
+    write_trace(trace.take(np.arange(12_000) % 40 == 0), shell.folder / "short.npz")
+    short = shell("stats short.npz --json").json["insight"]["sample"]["warning"]
+    assert short.startswith("the trace is short for 32 experts: 300 tokens")
+    assert f"note: {short} (record more" in shell("solve short.npz -s linear -o p.json").err
+
+
 def test_counts_are_checked_too(shell: Shell) -> None:
     """Layers that were counted less often than others are told before counts are solved."""
     counts = np.stack([np.random.default_rng(layer).permutation(np.arange(50, 82)) for layer in range(3)])

@@ -120,6 +120,20 @@ def test_an_archive_out_of_a_pipe(corpus: Path, monkeypatch: pytest.MonkeyPatch)
         assert_same(concatenate(blocks, stream.meta), read_tokens(corpus))
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_an_archive_out_of_a_pipe_in_another_order_is_told(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, reverse: bool
+) -> None:
+    """Where the order of the archive is not that of the names, other numbers than the file's are told, once."""
+    names = sorted((name for name in InputFolder(corpus).files if name.endswith(".json")), reverse=reverse)
+    give_stdin(monkeypatch, tar_of({name: (corpus / name).read_bytes() for name in names}))
+    stream = open_trace("-")
+    for _ in range(2):
+        assert len(list(stream.blocks())) == 1  # type: ignore[union-attr]
+    said = [sentence for sentence in stream.meta.assumptions if "through a pipe" in sentence]
+    assert len(said) == reverse
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> list[tuple[Any, Trace | None]]:
     """Requests of one model as JSON values, with layers in any order, some of them dense."""

@@ -93,12 +93,13 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
     placement goes to -o, or to standard output when that is not a terminal (or with --json or --quiet); the log goes
     to standard error.
     """
-    from moeplace.build import assumptions, build_problem, describe, trace_warnings
+    from moeplace.build import assumptions, build_problem, check_law, describe, trace_warnings
     from moeplace.exporters import load_exporter
     from moeplace.exporters.native import document_of
     from moeplace.files import atomic_output
     from moeplace.report import SolveLog
     from moeplace.solvers import check_cap, load_solver, solve
+    from moeplace.soundness import count_and_doubt
 
     check_paths([trace, options["baseline"]], output, keep=[trace])
     exporter = load_exporter(options["output_format"])
@@ -114,8 +115,10 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
         choices = choices_of(options)
         log.stage("reading", trace)
         source = open_source(trace, options, split=fit)
-        problem = build_problem(source, choices, threads=options["threads"])
-        said, noted = assumptions(problem, choices), trace_warnings(source, problem)
+        check_law(source, requests=choices.batch_requests, tokens=choices.batch_tokens)
+        stats, doubts = count_and_doubt(source, threads=options["threads"])
+        problem = build_problem(source, choices, stats=stats)
+        said, noted = assumptions(problem, choices), trace_warnings(source, problem, doubts)
         if options["dry_run"]:
             check_cap(problem)
             _show_plan(describe(problem), said, noted, as_json=options["as_json"])

@@ -28,6 +28,10 @@ SHAPE_FILES = 7  # the shape that most of the first ones have is the trace's
 BAD_FILES_TO_GIVE_UP = 200  # the first ones, all bad
 UNNAMED_EXPERTS = 1024  # the largest known model has half as many; tables grow with the square
 MOST_BAD = 0.2  # share of bad files that are left out without being asked for
+AS_THEY_COME = (
+    "the archive came through a pipe: its requests are numbered as they come, so that its digest and its halves are "
+    "not those of the file"
+)
 
 
 class RequestStream(ColumnStream):
@@ -69,6 +73,9 @@ class RequestStream(ColumnStream):
         """Yield consecutive blocks of tokens."""
         self._begin()
         yield from super().blocks()
+        names = self._requests.names
+        if not self._bundle.names and names != tuple(sorted(names)):
+            self._shape.assume(AS_THEY_COME)
 
     def _begin(self) -> None:
         """Start to walk the whole, once."""
