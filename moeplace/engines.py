@@ -98,7 +98,8 @@ class Processes(Engine):
         try:
             while True:
                 for item in itertools.islice(waiting, AHEAD * self.workers - len(running)):
-                    running.add(self._pool.submit(work, item))
+                    with _sparing_children():
+                        running.add(self._pool.submit(work, item))
                 if not running:
                     return
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -122,6 +123,16 @@ class Processes(Engine):
         # holds the other end of the pipe: this one does too
         with contextlib.suppress(OSError, AttributeError):
             results._writer.close()  # noqa: SLF001
+
+
+@contextlib.contextmanager
+def _sparing_children() -> Iterator[None]:
+    """Keep Ctrl-C from processes that are started here: they inherit what is blocked, before they can ignore it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker() -> None:

@@ -237,18 +237,6 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise :class:`OutputError` now where :func:`atomic_output` would after work was done; nothing is left behind."""
-    name = os.fspath(path)
-    if name == "-":
-        return
-    target = Path(os.path.realpath(name))
-    mode = _target_mode(target, name)
-    if mode is None or stat.S_ISREG(mode):
-        with _temporary_beside(target, name) as raw:
-            Path(os.fsdecode(raw.name)).unlink()
-
-
 class _Prefixed(io.RawIOBase):
     """A raw stream with bytes that were read from it put back in front."""
 

@@ -58,17 +58,64 @@ def write_traces(
     parts: Sequence[tuple[Trace | TraceStream | Counts, str | os.PathLike[str]]], *, format: str | None = None
 ) -> None:
     """Write several traces or counts, each as :func:`write_trace` does; no file appears before all are complete."""
-    forms = [_form(trace, os.fspath(path), format) for trace, path in parts]
+    for trace, path in parts:
+        _form(trace, os.fspath(path), format)
+    with trace_outputs([path for _, path in parts], format=format) as outputs:
+        for (trace, _), output in zip(parts, outputs, strict=True):
+            output.write(trace)
+
+
+@contextlib.contextmanager
+def trace_outputs(
+    paths: Sequence[str | os.PathLike[str]], *, format: str | None = None, formats: Sequence[str] = FORMATS
+) -> Iterator[tuple[TraceOutput, ...]]:
+    """Open files for traces or counts before there is anything to write; they appear, complete, when the context ends.
+
+    So an output that cannot be written is found before a long trace is read.
+
+    Parameters
+    ----------
+    paths, format
+        As for :func:`write_trace`.
+    formats
+        Names of formats that can be asked for in place of a suffix, for the hint of an error.
+
+    Raises
+    ------
+    OutputError
+        A file cannot be written, or its name tells no format; when the context ends, what is in place of a file cannot
+        be replaced.
+    """
+    names = [os.fspath(path) for path in paths]
+    for name in names:
+        _compression(name, format or format_of(name, "jsonl", formats))
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(atomic_output(path)) for _, path in parts]
-        for (trace, _), (kind, compression), raw in zip(parts, forms, files, strict=True):
-            with _compressed(raw, compression) as out:
-                if isinstance(trace, Counts):
-                    _write_counts(trace, kind, out)
-                elif kind == "npz":
-                    _write_npz(trace, out)
-                else:
-                    _write_jsonl(trace, out)
+        files = [stack.enter_context(atomic_output(name)) for name in names]
+        yield tuple(TraceOutput(name, raw, format) for name, raw in zip(names, files, strict=True))
+
+
+class TraceOutput:
+    """A file that waits for a trace or counts; see :func:`trace_outputs`."""
+
+    def __init__(self, name: str, raw: BinaryIO, format: str | None) -> None:
+        self._name, self._raw, self._format = name, raw, format
+
+    def write(self, trace: Trace | TraceStream | Counts) -> None:
+        """Write what the file is for, once.
+
+        Raises
+        ------
+        OutputError
+            The format does not fit what is written, or a write fails.
+        """
+        kind, compression = _form(trace, self._name, self._format)
+        with _compressed(self._raw, compression) as out:
+            if isinstance(trace, Counts):
+                _write_counts(trace, kind, out)
+            elif kind == "npz":
+                _write_npz(trace, out)
+            else:
+                _write_jsonl(trace, out)
 
 
 def _form(trace: Trace | TraceStream | Counts, name: str, format: str | None) -> tuple[str, str | None]:
@@ -78,15 +125,27 @@ def _form(trace: Trace | TraceStream | Counts, name: str, format: str | None) ->
     if kind not in fitting:
         what = f"{'counts' if isinstance(trace, Counts) else 'a trace'} cannot be written as {kind}"
         raise OutputError(what, hint=f"name it .{' or .'.join(fitting)}", where=Location(file=name))
-    compression = next((suffix for suffix in (".gz", ".zst") if name.endswith(suffix)), None)
-    if compression and kind == "npz":
+    return kind, _compression(name, kind)
+
+
+def _compression(name: str, kind: str) -> str | None:
+    """Suffix of the compression that an output's name asks for; an error where the format has its own."""
+    suffix = next((suffix for suffix in (".gz", ".zst") if name.endswith(suffix)), None)
+    if suffix and kind == "npz":
         hint = "name it .npz"
-        raise OutputError("npz is compressed already", rule=f"no {compression} after .npz", hint=hint, where=name)
-    return kind, compression
+        raise OutputError("npz is compressed already", rule=f"no {suffix} after .npz", hint=hint, where=name)
+    return suffix
 
 
-def format_of(name: str, default: str) -> str:
+def format_of(name: str, default: str, formats: Sequence[str] = FORMATS) -> str:
     """Format that an output's name tells, one of :data:`FORMATS`; ``default`` for standard output.
+
+    Parameters
+    ----------
+    name, default
+        The output, and the format of standard output.
+    formats
+        Names of formats that can be asked for in place of a suffix, for the hint of an error.
 
     Raises
     ------
@@ -98,7 +157,7 @@ def format_of(name: str, default: str) -> str:
     suffix = os.path.splitext(re.sub(r"\.(gz|zst)$", "", name))[1].lower()
     if suffix not in _SUFFIXES:
         what = f"suffix {suffix!r} names no format" if suffix else "the name has no suffix to tell the format"
-        hint = f"use {', '.join(_SUFFIXES)} or name the format: {', '.join(FORMATS)}"
+        hint = f"use {', '.join(_SUFFIXES)}" + (f" or name the format: {', '.join(formats)}" if formats else "")
         raise OutputError(what, hint=hint, where=Location(file=name))
     return _SUFFIXES[suffix]
 

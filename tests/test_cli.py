@@ -739,6 +739,28 @@ def test_an_interrupt_is_not_the_exact_type_python_ends_itself_for() -> None:
     cli.Interrupted.seen = False
 
 
+@pytest.mark.parametrize(
+    ("when", "code", "said"),
+    [
+        ("sys.meta_path.insert(0, type('Early', (), {'find_spec': lambda *_: stop()}))", 130, "interrupted\n"),
+        ("atexit.register(stop)", 0, ""),
+    ],
+)
+def test_an_interrupt_before_or_after_the_work_is_no_traceback(when: str, code: int, said: str) -> None:
+    """Ctrl-C while Python still imports the command line, or already ends, shows no traceback."""
+    program = f"""
+import atexit, os, signal, sys
+from moeplace.__main__ import main
+def stop():
+    os.kill(os.getpid(), signal.SIGINT)
+sys.argv = ["moeplace", "list", "models"]
+{when}
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 def test_an_interrupt_lost_in_an_import_still_counts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

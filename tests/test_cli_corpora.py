@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
-from shell import Shell
+from rich.console import Console
+from shell import Shell, on_terminal, started
 from test_corpus import damage, write_requests
+
+from moeplace import writers
+from moeplace.cli.corpora import progress_bar
+from moeplace.errors import InputError, OutputError
 
 BAD = ("cut.json:1:", "other.json: 2 layers 1..2", "twice.json: step 0, layer 3, token 0: expert 2 stands twice")
 
@@ -50,8 +57,34 @@ def test_bad_files_are_listed(shell: Shell, command: str) -> None:
     err = shell(command).err
     for text in ("warning: 3 files left out:", *BAD, "note: 3 of 43 files break the format and are left out"):
         assert text in err, text
-    assert shell(f"{command} --quiet").err == "warning: 3 files left out; stats --json lists all\n"
+    assert shell(f"{command} --quiet").err == "warning: 3 files left out\n"
     shell.fails(f"{command} --skip-bad 2", "3 of 43 files break the format", "--skip-bad N leaves out up to N of them")
+
+
+@pytest.mark.parametrize(
+    "command", ["stats c", "solve c --num-gpus 2 -s linear -v -o p.json", "convert c - --to jsonl"]
+)
+def test_bad_files_are_the_last_thing_that_is_said(shell: Shell, command: str) -> None:
+    """They do not scroll away behind tables or a log, on a terminal as in a pipe that both streams go to."""
+    damage(shell.folder / "c")
+    with started(shell.folder, command, stderr=subprocess.STDOUT) as process:
+        out, _ = process.communicate()
+    for text in (out, on_terminal(shell.folder, command)):
+        last = text.splitlines()[-4:]
+        assert last[0] == "warning: 3 files left out:", text
+        assert all(words in line for words, line in zip(BAD, last[1:], strict=True)), text
+
+
+@pytest.mark.parametrize("width", [30, 50, 80, 120])
+def test_the_progress_bar_is_one_line(width: int) -> None:
+    """A bar that wraps would leave a trail on a narrow terminal; how far it is shows at any width."""
+    out = Console(width=width, file=io.StringIO(), force_terminal=True)
+    bar = progress_bar(out)
+    bar.add_task("counting", total=123_456_789_000, completed=9_876_543_210, files="1,234/9,999 files")
+    lines = out.render_lines(bar.get_renderable())
+    text = "".join(segment.text for segment in lines[0])
+    assert len(lines) == 1
+    assert "1,234/9,9" in text, text
 
 
 def test_bad_files_are_in_the_document(shell: Shell) -> None:
@@ -70,6 +103,38 @@ def test_progress_is_kept_where_the_user_says(shell: Shell) -> None:
     assert runs(shell) == []
     assert "counting: 43 of 43 files, 3 bad" in shell("stats c --work-dir mine --verbose").err
     assert runs(shell, "mine") == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kept"),
+    [(KeyboardInterrupt(), 130, True), (OutputError("disk full"), 1, True), (InputError("no such request"), 1, False)],
+)
+def test_tokens_are_kept_for_a_command_that_is_stopped_while_it_writes(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, kept: bool
+) -> None:
+    """Ctrl-C or a full disk while a trace is written keeps what was read; the same command goes on, then forgets it."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writers, "_write_npz", fail)
+        err = shell("convert c out.npz", code=code).err
+    assert ("what was read is kept: the same command goes on from there" in err) == kept
+    assert len(runs(shell)) == kept
+    assert "out.npz" not in shell.files()
+    assert "reading: 40 of 40 files" in shell("convert c out.npz -v").err
+    assert runs(shell) == []
+
+
+@pytest.mark.parametrize("line", ["convert c no/out.npz", "convert c out.csv", "convert c --split out.npz,no/out.npz"])
+def test_outputs_are_opened_before_anything_is_read(shell: Shell, line: str) -> None:
+    """A name that cannot be written is told at once, with the formats that --to takes where it tells none."""
+    err = shell(f"{line} --verbose", code=1).err
+    assert ("cannot be written" if "no/" in line else "jsonl, npz, counts") in err
+    assert "reading" not in err
+    assert not (shell.folder / "cache" / "moeplace").exists() or runs(shell) == []
+    assert "out.npz" not in shell.files()
 
 
 def test_a_cluster_is_for_many_files(shell: Shell) -> None:

@@ -348,6 +348,32 @@ def test_a_spool_holds_the_tokens_of_the_stream(folder: Path, tmp_path: Path, st
     assert list((tmp_path / "work").iterdir()) == []
 
 
+def test_workers_never_hear_ctrl_c() -> None:
+    """Workers are started with Ctrl-C blocked, so that none shows a traceback before it can ignore it."""
+    with Processes(1) as engine:
+        assert list(engine.run(_blocked_signals, [0])) == [[signal.SIGINT]]
+    assert _blocked_signals(0) == []
+
+
+def _blocked_signals(_: int) -> list[int]:
+    return sorted(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [(KeyboardInterrupt(), True), (SystemExit(143), True), (OutputError("full"), True), (ValueError(), False)],
+)
+def test_what_ends_the_work_decides_whether_a_spool_is_kept(
+    folder: Path, tmp_path: Path, error: BaseException, kept: bool
+) -> None:
+    """Stopped, or with an output that cannot be written, the next run reads nothing again; another error ends it."""
+    with pytest.raises(type(error)), spooled(opened(folder), run(tmp_path)):
+        raise error
+    engine = Shuffled(0)
+    with spooled(opened(folder), run(tmp_path, engine)):
+        assert (engine.files_read == 0) == kept
+
+
 @pytest.mark.parametrize(("split", "phase"), [("half:1", None), ("domain:law", "decode"), (None, "prefill")])
 def test_a_part_of_a_corpus_is_read_part_by_part(
     folder: Path, tmp_path: Path, split: str | None, phase: str | None

@@ -123,12 +123,18 @@ def _interrupt(number: int, frame: object) -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     with contextlib.suppress(ValueError):
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, _interrupt)
     # a scheduler's SIGTERM removes temporary files and stops a solver just as Ctrl-C does
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + signal.SIGTERM))
-    sys.exit(run(args))
+    code = EXIT_INTERRUPTED
+    with contextlib.suppress(KeyboardInterrupt):  # a second one, while the first is being told
+        code = run(args)
+    # Python's own end takes a moment too, and would answer Ctrl-C with a traceback
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(code))
+    sys.exit(code)
 
 
 def run(args: list[str] | None = None) -> int:

@@ -30,6 +30,7 @@ Examples:
   moeplace convert trace.npz small.npz --drop-dummy-run --sample 10% --seed 1
   moeplace convert trace.npz counts.json --model deepseek-v3
 """
+FORMATS = ("jsonl", "npz", "counts")
 LOST = "only counts are written: affinity, requests and phases are lost"
 
 
@@ -46,7 +47,7 @@ LOST = "only counts are written: affinity, requests and phases are lost"
 @option("--phase", type=click.Choice(["prefill", "decode"]), help="Keep only tokens of this phase.")
 @option("--sample", type=Portion(), help="Keep a uniform sample of whole requests: so many, or a share such as 10%.")
 @option("--seed", type=Whole(0), default=0, help="Seed of the sample.")
-@option("--to", "output_format", type=click.Choice(["jsonl", "npz", "counts"]), help="Output format; default: by name.")
+@option("--to", "output_format", type=click.Choice(FORMATS), help="Output format; default: by name.")
 @option("--per-step", is_flag=True, help="Count each recorded step by itself, not the whole trace.")
 @threads
 @common
@@ -62,24 +63,24 @@ def convert_command(trace: str, output: str | None, **options: Any) -> None:
     [steps, layers, experts]; in JSON dense layers have rows of zeros (--model tells which they are). Counts as input
     can be split by step.
     """
-    from moeplace.files import check_writable
     from moeplace.report import write_json
     from moeplace.subset import narrowed
-    from moeplace.writers import write_traces
+    from moeplace.writers import trace_outputs
 
     targets = _targets(trace, output, options)
     subset = _subset(options)
-    for _, path in targets:
-        check_writable(path)
-    source, said = _opened(trace, options)
     parts: list[Written] = []
-    for part, path in targets:
-        kept = narrowed(source, subset.replace(part=part))
-        parts.append(_written(kept, path, options))
-    if any(entry.size and entry.steps for entry in parts):
-        said.append(LOST)
-    form = options["output_format"] if options["output_format"] != "counts" else None
-    write_traces([(entry.content, entry.path) for entry in parts], format=form)
+    form, known = (None, ()) if options["output_format"] == "counts" else (options["output_format"], FORMATS)
+    # opened first: a long trace is not read for an output that cannot be written
+    with trace_outputs([path for _, path in targets], format=form, formats=known) as files:
+        source, said = _opened(trace, options)
+        for part, path in targets:
+            kept = narrowed(source, subset.replace(part=part))
+            parts.append(_written(kept, path, options))
+        if any(entry.size and entry.steps for entry in parts):
+            said.append(LOST)
+        for entry, file in zip(parts, files, strict=True):
+            file.write(entry.content)
     notes = (*source.meta.assumptions, *said)
     warn(notes, quiet=options["quiet"])
     if options["as_json"]:
@@ -184,7 +185,7 @@ def _is_counts(path: str, options: dict[str, Any]) -> bool:
     from moeplace.writers import format_of
 
     form = options["output_format"]
-    return bool(form == "counts" or (form is None and format_of(path, "jsonl") == "json"))
+    return bool(form == "counts" or (form is None and format_of(path, "jsonl", FORMATS) == "json"))
 
 
 def _opened(trace: str, options: dict[str, Any]) -> tuple[TraceStream | Counts, list[str]]:

@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
     from moeplace.affinity import RoutingStats
     from moeplace.engines import Run
     from moeplace.parts import BadFile, PartedTrace
     from moeplace.profile import TraceProfile
+    from moeplace.spool import Spooled
     from moeplace.trace import Counts, TraceStream
 
 SHOWN_BAD_FILES = 20
 LINE_EVERY_S = 10.0
+MEDIUM_COLUMNS, WIDE_COLUMNS = 64, 90  # of a terminal that has room for the bytes, and for a bar and the rate
 
 
 def count_source(
@@ -32,13 +37,13 @@ def count_source(
     if whole is None:
         stats, profile = count_and_profile(source, threads=options["threads"])
         bad = tuple(getattr(source, "bad_files", ()))
-        _tell_at_the_end(bad, options)
+        click.get_current_context().call_on_close(lambda: tell_bad(bad, options))
         return stats, profile, bad
     from moeplace.corpus import count_parts
 
     with _run(whole, options, "counting") as run:
         counted = count_parts(whole, run)
-    _tell_at_the_end(counted.bad, options)
+    click.get_current_context().call_on_close(lambda: tell_bad(counted.bad, options))
     return counted.stats, counted.profile, counted.bad
 
 
@@ -55,30 +60,29 @@ def spool_source(source: TraceStream | Counts, options: dict[str, Any]) -> Trace
         with _run(whole, options, "reading") as run:
             found = stack.enter_context(spooled(whole, run))
         later = stack.pop_all()
-    # what ends the command decides whether what was read is kept; click does not hand it on
-    click.get_current_context().call_on_close(lambda: later.__exit__(*sys.exc_info()))
-    _tell_at_the_end(found.bad, options)
+    click.get_current_context().call_on_close(lambda: _leave(later, found, options))
     return found
 
 
-def _tell_at_the_end(bad: Sequence[BadFile], options: dict[str, Any]) -> None:
-    """Write which files were left out below everything else that the command writes."""
-    click.get_current_context().call_on_close(lambda: tell_bad(bad, options))
+def _leave(spool: contextlib.ExitStack, found: Spooled, options: dict[str, Any]) -> None:
+    """End a command that has read a trace of many files; what it ends with decides whether the tokens are kept."""
+    error = sys.exception()  # click does not pass it on before 8.2
+    spool.__exit__(*((type(error), error, error.__traceback__) if error else (None, None, None)))
+    if error is not None and found.files and found.files[0].exists():
+        click.echo("what was read is kept: the same command goes on from there", err=True)
+    tell_bad(found.bad, options)
 
 
 def tell_bad(bad: Sequence[BadFile], options: dict[str, Any]) -> None:
-    """Write which files were left out, and why, to standard error."""
-    if not bad:
+    """Write which files were left out, and why, to standard error: the last thing of a command that was not stopped."""
+    if not bad or isinstance(sys.exception(), KeyboardInterrupt):
         return
-    many = f"warning: {len(bad):,} file{'s' * (len(bad) != 1)} left out"
-    if options["quiet"]:
-        click.echo(f"{many}; stats --json lists all", err=True)
-        return
-    click.echo(f"{many}:", err=True)
-    shown = SHOWN_BAD_FILES
+    sys.stdout.flush()
+    shown = 0 if options["quiet"] else SHOWN_BAD_FILES
+    click.echo(f"warning: {len(bad):,} file{'s' * (len(bad) != 1)} left out{':' * (shown > 0)}", err=True)
     for file in bad[:shown]:
         click.echo(f"  {str(file).splitlines()[0]}", err=True)
-    if len(bad) > shown:
+    if shown and len(bad) > shown:
         click.echo(f"  … {len(bad) - shown:,} more; stats --json lists all", err=True)
 
 
@@ -150,26 +154,34 @@ class _Progress:
         return f"{size_bytes / 1e6:,.0f} of {self._bytes / 1e6:,.0f} MB at {rate / 1e6:,.0f} MB/s{left}"
 
     def _start(self, size_bytes: int) -> None:
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-        from rich.table import Column
-
         from moeplace.report import console
 
-        columns = (
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[files]}", table_column=Column(no_wrap=True)),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=console(err=True), transient=True, refresh_per_second=4)
+        self._bar = progress_bar(console(err=True))
         self._bar.add_task(self._what, total=self._bytes, completed=size_bytes, files="")
         self._bar.start()
+
+
+def progress_bar(out: Console) -> Progress:
+    """A bar of one line, with what a narrow terminal has room for."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.table import Column
+
+    def line() -> Column:
+        return Column(no_wrap=True)
+
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), TextColumn("{task.fields[files]}")]
+    if out.width >= MEDIUM_COLUMNS:
+        columns.append(DownloadColumn(table_column=line()))
+    if out.width >= WIDE_COLUMNS:
+        columns.insert(1, BarColumn(bar_width=None))
+        columns.append(TransferSpeedColumn(table_column=line()))
+    columns.append(TimeRemainingColumn(table_column=line()))
+    return Progress(*columns, console=out, transient=True, refresh_per_second=4)

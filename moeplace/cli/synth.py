@@ -19,6 +19,7 @@ Examples:
   moeplace synth llama-4-maverick -o top1.npz --tokens 200k --hot 16
 """
 IN_MEMORY_BYTES = 512 << 20  # writing walks a trace twice: up to this size it is drawn once and kept
+FORMATS = ("jsonl", "npz")
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
 TARGETS = {  # option → field of the specification
     "sigma": "sigma",
@@ -70,7 +71,7 @@ class Amount(click.ParamType):  # type: ignore[type-arg] # generic since click 8
 @option("--request-tokens", type=Whole(1), help="Tokens of a request; default 512.")
 @option("--prompt-share", type=click.FloatRange(0, 1), help="Share of a request that is prefill; default 0.5.")
 @option("--seed", type=Whole(0), default=0, help="The same seed gives the same bytes.")
-@option("--to", "output_format", type=click.Choice(["jsonl", "npz"]), help="Output format; default: by the name.")
+@option("--to", "output_format", type=click.Choice(FORMATS), help="Output format; default: by the name.")
 @threads
 @common
 def synth_command(model: str, output: str, tokens: int, seed: int, **options: Any) -> None:
@@ -83,7 +84,7 @@ def synth_command(model: str, output: str, tokens: int, seed: int, **options: An
     from moeplace.report import write_json
     from moeplace.synth import SynthSpec, synthesise
     from moeplace.trace import concatenate
-    from moeplace.writers import write_trace
+    from moeplace.writers import trace_outputs
 
     check_paths([], output)
     if output == "-" and options["as_json"]:
@@ -91,9 +92,10 @@ def synth_command(model: str, output: str, tokens: int, seed: int, **options: An
     shape = load_model(model)
     asked = {field: options[name] for name, field in TARGETS.items() if options[name] is not None}
     spec = SynthSpec.of_model(shape).replace(**asked)
-    trace = synthesise(shape, spec, tokens, seed).replace(threads=options["threads"])
     small = tokens * shape.num_moe_layers * shape.top_k * 2 <= IN_MEMORY_BYTES
-    write_trace(concatenate(trace.blocks(), trace.meta) if small else trace, output, format=options["output_format"])
+    with trace_outputs([output], format=options["output_format"], formats=FORMATS) as (file,):
+        trace = synthesise(shape, spec, tokens, seed).replace(threads=options["threads"])
+        file.write(concatenate(trace.blocks(), trace.meta) if small else trace)
     warn(trace.meta.assumptions, quiet=options["quiet"])
     if options["as_json"]:
         write_json(_document(trace))
