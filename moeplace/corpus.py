@@ -196,13 +196,14 @@ class _Saver:
         self._kept, self._next = len(total.files), time.monotonic() + SAVE_EVERY_S
 
     def save(self) -> None:
-        """Keep the tally, if it has changed and is whole."""
+        """Keep the tally, if it has changed and is whole; a second Ctrl-C waits for it."""
         if len(self.total.files) == self._kept or not self.total.whole:
             return
-        started = time.monotonic()
-        self._journal.save(STATE, self.total.state())
-        ended = time.monotonic()
-        self._kept, self._next = len(self.total.files), ended + max(SAVE_EVERY_S, (ended - started) / SAVE_SHARE)
+        with signals_held():
+            started = time.monotonic()
+            self._journal.save(STATE, self.total.state())
+            ended = time.monotonic()
+            self._kept, self._next = len(self.total.files), ended + max(SAVE_EVERY_S, (ended - started) / SAVE_SHARE)
 
     def save_if_due(self) -> None:
         """Keep the tally, if it is time."""

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, Self, TypeVar
 
@@ -26,6 +26,7 @@ Result = TypeVar("Result")
 
 PROCESSES_FROM_BYTES = 48 << 20  # less is read before processes have started
 ANSWER_WITHIN_S = 10  # of a Dask scheduler
+ASK_EVERY_S, LOST_AFTER_S = 5.0, 60.0  # whether a cluster has workers; how long it may have none
 AHEAD = 2  # items under way for each worker: the next waits while one is read
 
 
@@ -200,11 +201,21 @@ class DaskCluster(Engine):
                 future.add_done_callback(done.put)
             if not running:
                 return
-            future = done.get()
+            future = self._next(done)
             running.remove(future)
             result: Result = future.result()
             future.release()  # else the cluster keeps every result
             yield result
+
+    def _next(self, done: SimpleQueue[Any]) -> Any:
+        """Return the next item that is done; an error where the cluster has been without workers for a while."""
+        left = LOST_AFTER_S
+        while left > 0:
+            with contextlib.suppress(Empty):
+                return done.get(timeout=ASK_EVERY_S)
+            left = LOST_AFTER_S if self._client.nthreads() else left - ASK_EVERY_S
+        hint = "start some with 'dask worker ADDRESS' and run the command again: it goes on from here"
+        raise MoeplaceError("the Dask cluster has lost all its workers", hint=hint)
 
     def close(self) -> None:
         """Leave the cluster; it goes on for others."""

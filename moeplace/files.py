@@ -174,14 +174,18 @@ class InputFolder:
         self._path = Path(self.name)
         found: list[str] = []
         seen: set[str] = set()
-        for folder, below, names in os.walk(self._path, onerror=self._not_listed, followlinks=True):
-            real = os.path.realpath(folder)
-            below[:] = sorted(name for name in below if not name.startswith(".")) if real not in seen else []
-            if real in seen:  # a link to a folder that was met
-                continue
-            seen.add(real)
-            place = Path(folder).relative_to(self._path)
-            found += [(place / name).as_posix() for name in names if not name.startswith(".")]
+        links = [self.name]
+        while links:  # what is no link first: a folder is called by its own name where it has one here
+            folders = os.walk(links.pop(0), onerror=self._not_listed)
+            for folder, below, names in folders:
+                real = os.path.realpath(folder)
+                below[:] = sorted(name for name in below if not name.startswith(".")) if real not in seen else []
+                if real in seen:  # a link to a folder that was met
+                    continue
+                seen.add(real)
+                links += [path for name in below if os.path.islink(path := os.path.join(folder, name))]
+                place = Path(folder).relative_to(self._path)
+                found += [(place / name).as_posix() for name in names if not name.startswith(".")]
         self.files = tuple(sorted(found))
 
     def open(self, file: str) -> InputFile:

@@ -22,6 +22,7 @@ from moeplace.affinity import RoutingStats, RoutingTally, count_routing
 from moeplace.corpus import Counted, count_parts
 from moeplace.engines import DaskCluster, Engine, InProcess, Processes, Run
 from moeplace.errors import InputError, MoeplaceError, OutputError, TraceError, UnreadableError
+from moeplace.journal import Journal
 from moeplace.parts import BadFile, PartedTrace, TracePart, first_blocks, parted
 from moeplace.profile import MOST_DOMAINS, ProfileTally, count_and_profile
 from moeplace.readers import _request_part, open_trace, read_trace
@@ -640,3 +641,49 @@ def test_an_archive_whose_first_request_stands_far_behind(folder: Path, tmp_path
         out.add(folder / "blob.bin", arcname="blob.bin")
         out.add(folder / "art", arcname="art")
     assert len(opened(path).file_bytes) == 20
+
+
+def test_a_second_interrupt_waits_until_progress_is_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is told to be kept is kept: Ctrl-C again while it is written loses nothing."""
+    monkeypatch.setattr(corpus, "SAVE_EVERY_S", 1e9)
+    real = Journal.save
+
+    def again(self: Journal, name: str, arrays: Any) -> Path:
+        signal.raise_signal(signal.SIGINT)
+        return real(self, name, arrays)
+
+    first, second = Shuffled(1, 5), Shuffled(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "save", again)
+        with pytest.raises(KeyboardInterrupt):
+            count_parts(opened(folder), run(tmp_path, first))
+    count_parts(opened(folder), run(tmp_path, second))
+    assert first.files_read + second.files_read == 40
+
+
+def _blocked(_: int) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_cluster_without_workers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every worker of a cluster is gone the run ends with an error, with what to do."""
+
+    class _Waiting:
+        def add_done_callback(self, _: Any) -> None:
+            """Never done."""
+
+    class Gone:
+        def submit(self, *_: Any, **__: Any) -> Any:
+            return _Waiting()
+
+        def nthreads(self) -> dict[str, int]:
+            return {}
+
+    monkeypatch.setattr(engines, "ASK_EVERY_S", 0.01)
+    monkeypatch.setattr(engines, "LOST_AFTER_S", 0.03)
+    cluster = DaskCluster.__new__(DaskCluster)
+    cluster._client, cluster.workers = Gone(), 1
+    with pytest.raises(MoeplaceError, match="lost all its workers"):
+        list(cluster.run(_blocked, range(3)))

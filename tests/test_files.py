@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moeplace.errors import InputError, OutputError
-from moeplace.files import HEAD_BYTES, atomic_output, open_input, zstd_module
+from moeplace.files import HEAD_BYTES, InputFolder, atomic_output, open_input, zstd_module
 
 CONTENT = b"line of content\n" * 20_000
 
@@ -220,3 +220,13 @@ def test_dash_is_stdout(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     with atomic_output("-") as stream:
         stream.write(b"data")
     assert capfdbinary.readouterr().out == b"data"
+
+
+def test_a_folder_is_called_by_its_own_name(tmp_path: Path) -> None:
+    """A link to a folder beside it, whatever its name, changes nothing; one to elsewhere is followed."""
+    for place in ("c/run7/x", "elsewhere/deep/y"):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_text("")
+    (tmp_path / "c" / "a_latest").symlink_to("run7")
+    (tmp_path / "c" / "up").symlink_to("..")
+    assert InputFolder(tmp_path / "c").files == ("run7/x", "up/elsewhere/deep/y")
