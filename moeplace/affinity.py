@@ -301,20 +301,6 @@ def load_by_phase(source: TraceStream) -> npt.NDArray[np.int64]:
     return table
 
 
-def load_by_request(source: TraceStream) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Request numbers ``[request]``, sorted, and their loads ``[request, layer, expert]``.
-
-    Memory: 8 bytes · requests · layers · experts.
-    """
-    tables: dict[int, npt.NDArray[np.int64]] = {}
-    for block in source.blocks():
-        names, which = np.unique(block.request, return_inverse=True)
-        for name, table in zip(names.tolist(), grouped_load(block, which, len(names)), strict=True):
-            tables[name] = tables[name] + table if name in tables else table.copy()
-    order = sorted(tables)
-    return np.array(order, np.int64), np.stack([tables[name] for name in order])
-
-
 def grouped_load(block: Trace, group: npt.NDArray[Any], num_groups: int) -> npt.NDArray[np.int64]:
     """``[group, layer, expert]`` selections of the tokens of each group (``group`` [token], 0..num_groups-1)."""
     layers, experts = block.meta.num_layers, block.meta.num_experts

@@ -93,7 +93,7 @@ def mutual_information(table: Numbers) -> float:
     ``I = Σ_{e,f} p(e,f)·log2( p(e,f) / (p(e)·p(f)) )`` with ``p = table / Σ table`` (Shannon, 1948). For adjacent
     layers the table holds all k·k pairs of every token. Never negative, and 0 exactly when the layers' choices are
     independent: popularity alone adds nothing. Being estimated from counts it is biased upwards; see
-    :func:`information_bias` and :func:`permutation_information`. Complexity: O(E²).
+    :func:`information_bias`. Complexity: O(E²).
     """
     joint, independent = _joint(table)
     seen = joint > 0
@@ -114,24 +114,6 @@ def information_bias(table: Numbers, num_tokens: float, top_k: int) -> float:
         return 0.0
     freedom = (int(counts.sum()) - rows - columns + 1) * (rows - top_k) * (columns - top_k)
     return max(0.0, freedom / ((rows - 1) * (columns - 1)) / (2 * num_tokens * top_k**2 * math.log(2)))
-
-
-def permutation_information(left: Numbers, right: Numbers, num_experts: int, seed: int = 0) -> float:
-    """Mutual information in bits that is left when the tokens of the next layer are shuffled: popularity and noise.
-
-    The shuffle keeps every token's k ids together and both layers' loads, and breaks only what links them.
-
-    Parameters
-    ----------
-    left, right
-        ``[token, k]`` experts chosen in two layers.
-    num_experts
-        Experts per layer.
-    seed
-        Of the shuffle. Complexity: O(tokens·k²).
-    """
-    shuffled = right[np.random.default_rng(seed).permutation(len(right))]
-    return mutual_information(pair_table(left, shuffled, num_experts))
 
 
 def pair_table(left: Numbers, right: Numbers, num_experts: int) -> Ints:

@@ -18,7 +18,6 @@ from moeplace.affinity import (
     count_routing,
     grouped_load,
     load_by_phase,
-    load_by_request,
 )
 from moeplace.errors import ProblemError, TraceError
 from moeplace.fingerprint import token_hashes
@@ -81,24 +80,18 @@ def test_slices_equal_plain_loops(trace: Trace, sizes: list[int]) -> None:
     """Loads by phase, by request and by source rank are what a loop over tokens counts, and sum to the load."""
     stream, stats = cut(trace, sizes), count_routing(cut(trace, sizes))
     by_phase: Counter[tuple[int, int, int]] = Counter()
-    by_request: Counter[tuple[int, int, int]] = Counter()
     by_rank: Counter[tuple[int, int, int]] = Counter()
     assert trace.rank is not None
     for token in range(trace.num_tokens):
         for layer, chosen in enumerate(trace.experts[token].tolist()):
             for expert in chosen:
                 by_phase[int(trace.phase[token]), layer, expert] += 1
-                by_request[int(trace.request[token]), layer, expert] += 1
                 by_rank[int(trace.rank[token]), layer, expert] += 1
     phases = load_by_phase(stream)
     assert all(phases[index] == by_phase[index] for index in np.ndindex(*phases.shape))  # type: ignore[index]
-    names, requests = load_by_request(stream)
-    assert names.tolist() == sorted(set(trace.request.tolist()))
-    for row, layer, expert in np.ndindex(*requests.shape):
-        assert requests[row, layer, expert] == by_request[int(names[row]), layer, expert]
     assert stats.source_load is not None
     assert all(stats.source_load[index] == by_rank[index] for index in np.ndindex(*stats.source_load.shape))  # type: ignore[index]
-    for table in (phases, requests, stats.source_load):
+    for table in (phases, stats.source_load):
         assert np.array_equal(table.sum(axis=0), stats.load)
 
 
