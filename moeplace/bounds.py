@@ -99,7 +99,7 @@ def cross_bound(problem: Problem) -> float:
     if pairs is None or problem.whole_model or not pairs.any():
         return 0.0
     most = matching_bound(pairs, problem.max_slots)
-    if problem.num_slots == problem.num_experts <= SPECTRA and (problem.slots_per_gpu == problem.max_slots).all():
+    if problem.divides_evenly and problem.num_experts <= SPECTRA:
         most = np.minimum(most, spectral_bound(pairs, problem.num_gpus, problem.max_slots))
     total = pairs.sum(axis=(1, 2), dtype=np.float64)
     return max(0.0, 1.0 - float(np.minimum(most, total).sum()) * (1 + 1e-12) / float(total.sum()))

@@ -32,7 +32,7 @@ class Affinity:
     Attributes
     ----------
     mutual_information, information_bias
-        Bits, as counted, and the bits of it that independent layers would show by chance.
+        Bits, as counted, and the bits of it that independent layers and tokens would show by chance.
     lift
         Mean of observed over independent probability; 1 is independent.
     top_pair_share, top_pair_share_independent

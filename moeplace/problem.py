@@ -163,6 +163,11 @@ class Problem:
         return int(self.slots_per_gpu.sum())
 
     @property
+    def divides_evenly(self) -> bool:
+        """Whether every slot of a layer is full and all GPUs have equally many."""
+        return self.num_slots == self.num_experts and bool((self.slots_per_gpu == self.max_slots).all())
+
+    @property
     def max_slots(self) -> int:
         """Slots of the GPU that has the most."""
         return int(self.slots_per_gpu.max())

@@ -150,3 +150,12 @@ def test_the_largest_id_of_a_folder_names_the_experts(shell: Shell) -> None:
     path.write_text(json.dumps(steps))
     for more in ("", "--phase decode"):
         assert shell(f"stats c --json {more}").json["num_experts"] == 41
+
+
+def test_a_cache_that_cannot_be_written_is_noted_unless_quiet(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command goes on without keeping progress; --quiet leaves the note out."""
+    (shell.folder / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shell.folder / "file"))
+    assert "note: " in (err := shell("stats c").err)
+    assert "progress is not kept; --work-dir names another folder" in err
+    assert shell("stats c --quiet").err == ""

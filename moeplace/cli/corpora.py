@@ -99,7 +99,12 @@ def _run(source: PartedTrace, options: dict[str, Any], what: str) -> Iterator[Ru
     engine = engine_for(options.get("cluster"), options.get("threads", 1), int(sizes.sum()))
     with engine, _Progress(what, len(sizes), int(sizes.sum()), options) as progress:
         try:
-            yield Run(engine=engine, work_dir=options.get("work_dir"), watch=progress.update, tell=_tell)
+            yield Run(
+                engine=engine,
+                work_dir=options.get("work_dir"),
+                watch=progress.update,
+                tell=(lambda sentence: None) if options["quiet"] else _tell,
+            )
         except KeyboardInterrupt:
             progress.stop()
             if progress.files:

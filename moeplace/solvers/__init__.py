@@ -110,9 +110,8 @@ def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
 
 def divisible(problem: Problem) -> bool:
     """Whether traffic between GPUs is the objective and layers can be divided in few enough ways to try all."""
-    even = problem.num_slots == problem.num_experts and bool((problem.slots_per_gpu == problem.max_slots).all())
     few = 0 < num_divisions(problem.num_experts, problem.num_gpus) <= MAX_DIVISIONS
-    return problem.objective == CROSS and not problem.whole_model and even and few
+    return problem.objective == CROSS and not problem.whole_model and problem.divides_evenly and few
 
 
 def solve(problem: Problem, solver: str = AUTO, limits: Limits | None = None, report: Report | None = None) -> Solution:

@@ -68,7 +68,6 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
 
 def _check(problem: Problem) -> None:
     """Raise :class:`ProblemError` where the method does not apply."""
-    even = (problem.slots_per_gpu == problem.slots_per_gpu[0]).all()
     count = num_divisions(problem.num_experts, problem.num_gpus)
     if problem.objective != CROSS or problem.whole_model:
         raise ProblemError(
@@ -76,7 +75,7 @@ def _check(problem: Problem) -> None:
             rule="exact minimises the share of pairs that cross GPUs, layer by layer",
             hint="--dataflow context-coherent --objective cross",
         )
-    if not even or problem.num_slots != problem.num_experts or not count:
+    if not problem.divides_evenly or not count:
         raise ProblemError(
             f"{problem.num_experts} experts in {problem.num_slots} slots on {problem.num_gpus} GPUs",
             rule="exact needs equally many experts on every GPU and no spare slot",

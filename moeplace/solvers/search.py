@@ -141,7 +141,7 @@ class _Run:
         return Placement(slots=slots, num_experts=problem.num_experts)
 
     def _climb(self, start: Ints) -> Ints:
-        """Search briefly, then with all the work that the time limit is likely to allow."""
+        """Search briefly, so that a run that is cut has something, then with all the work."""
         best, limit = start, self.limits.time_limit_s * SHARE_OF_TIME
         for scale in (QUICK, 1.0):
             work = Work.of(self.instance, scale * self.limits.work)
@@ -149,6 +149,9 @@ class _Run:
                 self.instance, best, seed=self.limits.seed, threads=self.limits.threads, watch=self._watch(limit)
             )
             best = climb.run(work, self._improved)
+            if climb.taken_back:
+                many = f"{climb.taken_back} layers of annealed states could not be brought within the load cap by swaps"
+                self.notes.append(f"{many}: they are the start's, and the best states may do without them")
             if self.clock.seconds > limit:
                 self.notes.append(f"the time limit of {self.limits.time_limit_s:g} s cut the search short")
                 break
@@ -171,13 +174,12 @@ class _Run:
         """Return a lower bound on the share that crosses: the better of both kinds."""
         problem = self.problem
         best = cross_bound(problem)
-        even = problem.num_slots == problem.num_experts and bool((problem.slots_per_gpu == problem.max_slots).all())
         if problem.num_layers < 2 or problem.num_gpus < 2:
             return best
         if kind == "matching":
             kept = int(exact_matching(self.pairs, problem.max_slots).sum())
             return max(best, 1 - kept / self.total)
-        if not even:
+        if not problem.divides_evenly:
             self.notes.append("uneven or spare slots: the bound is that of matchings, without the load cap")
             return best
         size = 2 * problem.num_experts
