@@ -6,13 +6,15 @@ of the terms' bounds. Each is tested against exact optima on small instances.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from moeplace.chains.duals import matching_bound, spectral_bound
 from moeplace.compute import ExpertCompute
 from moeplace.frozen import Floats, Ints
 from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Traffic, exchange
-from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, LOAD, Problem
+from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, LOAD, NODE, Problem
 from moeplace.topology import CUSTOM, num_links_per_gpu
 
 SPECTRA = 128  # most experts for which spectra are quick
@@ -89,20 +91,33 @@ def hottest_copy(load: Floats, spare: int, most_copies: int) -> Floats:
 
 
 def cross_bound(problem: Problem) -> float:
-    """Lower bound on the share of consecutive pairs that cross GPUs, whatever the load cap: degrees and spectra.
+    """Lower bound on the share of consecutive pairs that cross GPUs (or nodes), whatever the load cap.
 
-    The better of :func:`moeplace.chains.duals.matching_bound` and, where every slot is full and GPUs are equal, the
-    spectral bound, layer by layer. 0 where slots are counted over the whole model.
-    Complexity: O(layers · experts²), and O(layers · experts³) for the spectra of at most 128 experts.
+    See :func:`least_crossing`. 0 where slots are counted over the whole model.
     """
     pairs = problem.stats.transition
     if pairs is None or problem.whole_model or not pairs.any():
         return 0.0
-    most = matching_bound(pairs, problem.max_slots)
+    total = float(pairs.sum(dtype=np.float64))
+    return max(0.0, float(least_crossing(problem).sum()) / total - 1e-12)
+
+
+def least_crossing(problem: Problem) -> Floats:
+    """``[layer-1]`` consecutive pairs that cross GPUs at least, or nodes as ``copies_level`` says: degrees and spectra.
+
+    The better of :func:`moeplace.chains.duals.matching_bound` and, where every slot is full and GPUs are equal, the
+    spectral bound, layer by layer. Both hold for groups of any kind: those of a node are bounded as one large GPU.
+    Complexity: O(layers · experts²), and O(layers · experts³) for the spectra of at most 128 experts.
+    """
+    pairs = problem.stats.transition
+    if pairs is None:
+        return np.zeros(0)
+    groups, slots = problem.levelled
+    most = matching_bound(pairs, slots)
     if problem.divides_evenly and problem.num_experts <= SPECTRA:
-        most = np.minimum(most, spectral_bound(pairs, problem.num_gpus, problem.max_slots))
-    total = pairs.sum(axis=(1, 2), dtype=np.float64)
-    return max(0.0, 1.0 - float(np.minimum(most, total).sum()) * (1 + 1e-12) / float(total.sum()))
+        most = np.minimum(most, spectral_bound(pairs, groups, slots))
+    least: Floats = np.maximum(0.0, pairs.sum(axis=(1, 2), dtype=np.float64) - most * (1 + 1e-12))
+    return least
 
 
 def objective_bound(problem: Problem) -> float:
@@ -118,16 +133,17 @@ def objective_bound(problem: Problem) -> float:
     if problem.objective == CROSS:
         return cross_bound(problem)
     if problem.objective == COPIES:
-        slots = (
-            problem.max_slots if problem.copies_level == "gpu" else problem.max_slots * problem.topology.gpus_per_node
-        )
+        slots = problem.levelled[1]
         whole = problem.num_layers if problem.whole_model else 1
         return float(max(1, -(-problem.stats.meta.top_k // (slots * whole))))
     return step_time_bound(problem)
 
 
-def step_time_bound(problem: Problem) -> float:
+def step_time_bound(problem: Problem, crossing: Mapping[str, float] | None = None) -> float:
     """Lower bound on the predicted step time [µs]: compute and communication bounded apart, layer by layer.
+
+    ``crossing`` tells how many pairs of all layers together are known to cross GPUs and nodes (by ``copies_level``)
+    under context-coherent execution.
 
     Compute: the busiest GPU does at least the mean of all, and at least the cheapest possible hottest copy. Splitting
     an expert never lowers the total: ``r·(1-e^{-n/r})`` and ``r·E⌈n/(rτ)⌉`` grow with ``r``. GPUs of unlike speed
@@ -149,17 +165,19 @@ def step_time_bound(problem: Problem) -> float:
     if speed is not None:
         even, hot = even / speed[problem.slots_per_gpu > 0].mean(), hot / speed[problem.slots_per_gpu > 0].max()
     busiest = np.maximum(even, hot)
-    return float(busiest.sum()) + _communication_bound(problem, np.maximum(rows.sum(axis=1) / gpus, hottest))
+    return float(busiest.sum()) + _communication_bound(
+        problem, np.maximum(rows.sum(axis=1) / gpus, hottest), crossing or {}
+    )
 
 
-def _communication_bound(problem: Problem, received: Floats) -> float:
+def _communication_bound(problem: Problem, received: Floats, crossing: Mapping[str, float]) -> float:
     model, topology, gpus = problem.model, problem.topology, problem.num_gpus
     # counts are timed as one copy per selection in either phase
     kernel = KERNEL_OF_PHASE[problem.law.phase] if problem.stats.has_tokens else LOW_LATENCY
     nothing = Traffic(copies=np.zeros((gpus, gpus)), node_copies=np.zeros((gpus, topology.num_nodes)))
     if problem.dataflow == CONTEXT_COHERENT:
         fixed = exchange(topology, nothing, kernel=LOW_LATENCY, bytes_per_copy=0).latency_us
-        return fixed * (problem.num_layers - 1)
+        return fixed * (problem.num_layers - 1) + _moving_bound(problem, crossing)
     fixed = exchange(topology, nothing, kernel=kernel, bytes_per_copy=0).latency_us
     if kernel != LOW_LATENCY or problem.stats.source_load is not None or topology.kind == CUSTOM:
         return 2 * fixed * problem.num_layers
@@ -175,3 +193,34 @@ def _communication_bound(problem: Problem, received: Floats) -> float:
     times = exchange(topology, Traffic(copies=copies), kernel=LOW_LATENCY, bytes_per_copy=both)
     inward = [value.max(axis=-1) for name, value in times.link_us.items() if name.endswith("in")]
     return float(np.max(inward, axis=0).sum()) + 2 * fixed * problem.num_layers
+
+
+def _moving_bound(problem: Problem, known: Mapping[str, float]) -> float:
+    """Lower bound on the time [µs] that pairs take from layer to layer, latency left out.
+
+    The busiest port or link carries at least the mean. Pairs that cross GPUs take one hop at least; of those, at least
+    :func:`least_crossing` cross nodes, and the rest stay inside them: the slower of NIC and domain is least busy when
+    both are alike. What is known of all layers together bounds the sums.
+    """
+    if problem.whole_model or problem.num_gpus == 1:
+        return 0.0
+    topology, model = problem.topology, problem.model
+    gpus = int((problem.slots_per_gpu > 0).sum())
+    to_gb = problem.law.step_tokens / problem.stats.num_tokens * model.bytes_per_copy_dispatch * 1e-3
+
+    def gigabytes(level: str) -> tuple[Floats, float]:
+        least = least_crossing(problem.replace(copies_level=level)) * to_gb
+        return least, max(float(least.sum()), known.get(level, 0.0) * to_gb * (1 - 1e-9))
+
+    each, crossing = gigabytes(GPU)
+    if topology.is_direct:
+        links = max(1, num_links_per_gpu(topology.kind, topology.dims))
+        return crossing / (problem.num_gpus * links * topology.link_gb_per_s)
+    if topology.kind == CUSTOM:
+        apart = ~np.eye(topology.num_gpus, dtype=bool)
+        return crossing / (gpus * float(topology.pair_bandwidth_gb_per_s()[apart].max()))
+    if topology.num_nodes == 1:
+        return crossing / (gpus * topology.local_gb_per_s)
+    each_away, away = gigabytes(NODE)
+    nic, both = topology.nic_gb_per_s, topology.local_gb_per_s + topology.nic_gb_per_s
+    return max(float(np.maximum(each_away / nic, each / both).sum()), away / nic, crossing / both) / gpus

@@ -25,7 +25,7 @@ from moeplace.frozen import Floats
 from moeplace.metrics import cross_shares, max_over_mean, token_metrics, traffic_metrics
 from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, NORMAL, Exchange, Traffic, exchange
 from moeplace.placement import Placement
-from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, DISPATCH_COMBINE, LOAD, STEP_TIME, Problem
+from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, DISPATCH_COMBINE, GPU, LOAD, STEP_TIME, Problem
 from moeplace.routing import Router
 from moeplace.traffic import dispatch_traffic
 
@@ -66,11 +66,11 @@ def objective_value(problem: Problem, placement: Placement) -> float:
         return float(max_over_mean(placement, problem.stats.load).mean())
     if problem.objective == CROSS:
         shares = cross_shares(problem.stats, placement, problem.topology)
-        return 0.0 if shares is None else shares[0]
+        return 0.0 if shares is None else shares[0 if problem.copies_level == GPU else 1]
     if problem.stats.sample is None:
         return float("nan")
     copies = token_metrics(problem.stats.sample, placement, problem.topology)
-    return copies[0] if problem.copies_level == "gpu" else copies[1]
+    return copies[0] if problem.copies_level == GPU else copies[1]
 
 
 def terms(problem: Problem, placement: Placement) -> Mapping[str, Term]:

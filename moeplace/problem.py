@@ -20,7 +20,8 @@ DISPATCH_COMBINE, CONTEXT_COHERENT = "dispatch-combine", "context-coherent"
 DATAFLOWS = (DISPATCH_COMBINE, CONTEXT_COHERENT)
 STEP_TIME, LOAD, COPIES, CROSS = "step-time", "load", "copies", "cross"
 OBJECTIVES = (STEP_TIME, LOAD, COPIES, CROSS)
-COPIES_LEVELS = ("gpu", "node")
+GPU, NODE = "gpu", "node"
+COPIES_LEVELS = (GPU, NODE)
 DEFAULT_LAW = BatchLaw(phase="decode", requests=256)
 
 
@@ -41,7 +42,7 @@ class Problem:
     objective
         ``step-time`` [µs], ``load`` [max/mean], ``copies`` [copies per token] or ``cross`` [share of pairs].
     copies_level
-        ``gpu`` or ``node``, for ``copies``.
+        ``gpu`` or ``node``: what ``copies`` and ``cross`` count.
     load_cap
         ``[layer]`` hard cap on max/mean GPU load, or None.
     whole_model
@@ -62,7 +63,7 @@ class Problem:
     law: BatchLaw = DEFAULT_LAW
     dataflow: str = DISPATCH_COMBINE
     objective: str = STEP_TIME
-    copies_level: str = "gpu"
+    copies_level: str = GPU
     load_cap: npt.NDArray[np.float64] | None = None
     whole_model: bool = False
     start: Placement | None = None
@@ -166,6 +167,14 @@ class Problem:
     def divides_evenly(self) -> bool:
         """Whether every slot of a layer is full and all GPUs have equally many."""
         return self.num_slots == self.num_experts and bool((self.slots_per_gpu == self.max_slots).all())
+
+    @property
+    def levelled(self) -> tuple[int, int]:
+        """GPUs and most slots of one, or nodes and most slots of one, as :attr:`copies_level` says."""
+        if self.copies_level == GPU:
+            return self.num_gpus, self.max_slots
+        nodes = self.topology.num_nodes
+        return nodes, int(self.slots_per_gpu.reshape(nodes, -1).sum(axis=1).max())
 
     @property
     def max_slots(self) -> int:

@@ -197,7 +197,7 @@ class Topology:
         """``[GPU, GPU]`` bandwidth one pair sees when it talks alone; infinite on the diagonal.
 
         On direct networks this is the link's bandwidth divided by the number of hops, the share left to a message
-        that holds every link of its path.
+        that holds every link of its path. Between leaf switches it is a NIC's share of the spine.
         """
         gpus = self.num_gpus
         if self.is_direct:
@@ -207,7 +207,9 @@ class Topology:
             pairs = self.pair_gb_per_s.copy()
         else:
             node = self.node_of_gpu()
-            pairs = np.where(node[:, None] == node[None, :], self.local_gb_per_s, self.nic_gb_per_s)
+            leaf = self.leaf_of_gpu()
+            away = self.nic_gb_per_s / np.where(leaf[:, None] == leaf[None, :], 1.0, self.spine_oversubscription)
+            pairs = np.where(node[:, None] == node[None, :], self.local_gb_per_s, away)
         pairs[np.arange(gpus), np.arange(gpus)] = np.inf
         return pairs
 

@@ -59,12 +59,36 @@ def test_bound_is_below_the_optimum(slots: list[int], objective: str) -> None:
 def test_bound_over_two_layers(slots: list[int], dataflow: str) -> None:
     """Two layers together, where context-coherent placements of layers depend on each other."""
     trace = make_trace(2, tokens=20, layers=2, experts=4, top_k=2)
-    for objective in OBJECTIVES:
+    places = [slow_topology(f"{kind}:{dims}") for kind, dims in (("scale-up", 2), ("scale-out", "2x1"), ("torus", 2))]
+    for objective, topology in itertools.product(OBJECTIVES, [*places, _custom(2)]):
         problem = make_problem(
-            trace, slow_topology("scale-up:2"), slots_per_gpu=slots, objective=objective, dataflow=dataflow, requests=40
+            trace, topology, slots_per_gpu=slots, objective=objective, dataflow=dataflow, requests=40
         )
         bound = objective_bound(problem)
         assert bound <= optimum(problem) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("spec", ["scale-out:2x2", "torus:2x2", "full-mesh:2x2", "mesh:2x2"])
+def test_moving_is_bounded_by_what_must_cross(spec: str) -> None:
+    """Where tokens move between experts, traffic that must cross GPUs and nodes lifts the bound."""
+    trace = make_trace(4, tokens=20, layers=2, experts=4, top_k=2)
+    slow = slow_topology(spec, **({"nic_gb_per_s": 0.2} if "out" in spec else {"link_gb_per_s": 0.2}))
+    problem = make_problem(trace, slow, dataflow="context-coherent", requests=400)
+    quick = problem.replace(topology=slow.replace(local_gb_per_s=1e9, nic_gb_per_s=1e9, link_gb_per_s=1e9))
+    assert objective_bound(quick) < objective_bound(problem) <= optimum(problem) * (1 + 1e-9)
+    known = step_time_bound(problem, {"gpu": 1.0 * problem.stats.transition.sum()})
+    assert known >= step_time_bound(problem)
+
+
+@pytest.mark.parametrize("level", ["gpu", "node"])
+def test_crossing_is_bounded_at_each_level(level: str) -> None:
+    """Pairs that cross nodes are bounded as those of GPUs as large as nodes."""
+    for seed in range(3):
+        trace = make_trace(seed, tokens=30, layers=2, experts=4, top_k=2)
+        problem = make_problem(
+            trace, "scale-out:2x2", objective="cross", copies_level=level, dataflow="context-coherent"
+        )
+        assert 0 < objective_bound(problem) <= optimum(problem) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("slots", [[2, 2], [3, 2], [4, 0], [4, 4]], ids=str)

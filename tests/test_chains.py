@@ -66,7 +66,7 @@ def test_annealing_finds_the_topics() -> None:
     instance = Instance.of(pairs, np.ones((layers, experts)), np.full(layers, np.inf), gpus)
     start = np.tile(np.arange(experts) % gpus, (layers, 1))
     found = recombine(instance, [anneal(instance, start, Schedule(sweeps=400), seed) for seed in range(4)])
-    assert instance.stays(found) >= 0.95 * instance.stays(topic)
+    assert instance.kept(found) >= 0.95 * instance.kept(topic)
 
 
 def test_the_polish_never_leaves_the_caps() -> None:
@@ -75,7 +75,7 @@ def test_the_polish_never_leaves_the_caps() -> None:
         instance, start = _instance(seed, 4, 12, 3, slack=1.0)
         end = anneal(instance, start, Schedule.polish(100), seed)
         assert not instance.excess(end).any()
-        assert instance.stays(end) >= instance.stays(start)
+        assert instance.kept(end) >= instance.kept(start)
 
 
 def test_near_and_stays_agree() -> None:
@@ -83,8 +83,8 @@ def test_near_and_stays_agree() -> None:
     instance, start = _instance(3, 5, 12, 3)
     near = instance.near(start)
     own = np.take_along_axis(near, start[:, None, :], axis=1)
-    assert int(own.sum()) == 2 * instance.stays(start)
-    assert instance.stays(start) == sum(np.trace(instance.between(i, start[i], start[i + 1])) for i in range(4))
+    assert int(own.sum()) == 2 * instance.kept(start)
+    assert instance.kept(start) == sum(np.trace(instance.between(i, start[i], start[i + 1])) for i in range(4))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -125,8 +125,8 @@ def test_recombination_is_the_best_chain_of_all(seed: int) -> None:
     for choice in np.ndindex(3, 3, 3):
         for names in np.ndindex(2, 2, 2):
             rows = [states[c][i] ^ names[i] for i, c in enumerate(choice)]
-            best = max(best, instance.stays(np.stack(rows)))
-    assert instance.stays(found) == best
+            best = max(best, instance.kept(np.stack(rows)))
+    assert instance.kept(found) == best
 
 
 def test_gpus_of_unlike_size_keep_their_names() -> None:
@@ -146,10 +146,10 @@ def test_a_climb_keeps_the_caps_and_tells_every_improvement() -> None:
     told: list[Ints] = []
     climb = Climb(instance, start, seed=1, threads=1, watch=lambda share: False)
     end = climb.run(Work(runs=2, sweeps=60, rounds=3, warm_sweeps=20), lambda source, state: told.append(state))
-    kept = [instance.stays(state) for state in [start, *told]]
+    kept = [instance.kept(state) for state in [start, *told]]
     assert kept == sorted(set(kept))
     assert not any(instance.excess(state).any() for state in told)
-    assert instance.stays(end) == kept[-1] > kept[0]
+    assert instance.kept(end) == kept[-1] > kept[0]
     halted = Climb(instance, start, seed=1, threads=1, watch=lambda share: True)
     assert not instance.excess(halted.run(Work(runs=2, sweeps=60, rounds=3, warm_sweeps=20), lambda *_: None)).any()
 
@@ -171,7 +171,7 @@ def _optimum(instance: Instance, *, capped: bool) -> float:
     cost = np.where(busiest <= top, 0.0, np.inf) if capped else np.zeros_like(busiest)
     found = best_chain(instance.pairs.astype(np.int64), divisions, cost)
     assert found is not None
-    return float(instance.stays(found[0]))
+    return float(instance.kept(found[0]))
 
 
 @pytest.mark.parametrize(("experts", "gpus"), [(8, 2), (8, 4), (6, 3), (6, 2)])

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import every_placement, make_problem, make_trace
+from strategies import every_placement, make_problem, make_trace, slow_topology
 
 from moeplace.errors import InputError, ProblemError
 from moeplace.metrics import max_over_mean
@@ -15,6 +15,7 @@ from moeplace.objective import objective_value
 from moeplace.problem import Problem
 from moeplace.solution import Limits, Report, Status, StopReason
 from moeplace.solvers import choose, solve
+from moeplace.topology import Topology, load_topology
 
 SHORT = Limits(work=0.002)
 
@@ -120,9 +121,9 @@ def test_the_matching_bound_is_weaker_and_valid() -> None:
 def test_what_it_does_not_do_is_said() -> None:
     """Other objectives, slots over the whole model, an unknown bound."""
     problem = _problem(0, 3, 8, "scale-up:2")
-    with pytest.raises(ProblemError, match="share of pairs"):
+    with pytest.raises(ProblemError, match="pairs that cross"):
         solve(problem.replace(objective="load"), "search")
-    with pytest.raises(ProblemError, match="share of pairs"):
+    with pytest.raises(ProblemError, match="pairs that cross"):
         solve(problem.replace(whole_model=True), "search")
     with pytest.raises(InputError, match="one of sdp, matching"):
         solve(problem, "search", Limits(options={"bound": "none"}))
@@ -162,3 +163,45 @@ def test_auto_takes_it_where_divisions_are_many() -> None:
     candidates, why = choose(problem)
     assert [candidate.name for candidate in candidates] == ["linear", "search"]
     assert "bounded" in why
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_pairs_across_nodes_are_minimised_and_bounded(capped: bool) -> None:
+    """With --copies-level node only pairs that leave their node count; the optimum is found, the bound is below it."""
+    problem = _problem(5, 2, 4, "scale-out:2x2", copies_level="node")
+    if capped:
+        balanced = solve(problem.replace(objective="load"), "balance").placement
+        assert balanced is not None
+        problem = problem.replace(load_cap=max_over_mean(balanced, problem.stats.load) * 1.1)
+    answer = solve(problem, "search", SHORT)
+    kept = [one for one in every_placement(problem) if (one.used_slots() == 1).all()]
+    if problem.load_cap is not None:
+        kept = [one for one in kept if (max_over_mean(one, problem.stats.load) <= problem.load_cap).all()]
+    best = min(objective_value(problem, one) for one in kept)
+    assert answer.objective == pytest.approx(best)
+    assert answer.bound is not None
+    assert answer.bound <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("spec", "phase"), [("scale-up:4", "decode"), ("scale-out:2x2", "prefill"), ("torus:2x2", "prefill")]
+)
+def test_step_time_is_minimised_where_tokens_move(spec: str, phase: str) -> None:
+    """Never worse than balance alone, with any topology; the bound is below; a given cap is kept."""
+    problem = _problem(7, 4, 8, spec, phase=phase).replace(objective="step-time", topology=_slow(spec))
+    other = min(solve(problem, name).objective for name in ("eplb", "balance", "balance+relabel"))
+    brief = SHORT.replace(work=0.0005)
+    answer = solve(problem, "search", brief)
+    assert answer.bound is not None
+    assert answer.bound <= answer.objective <= other * (1 + 1e-3)
+    balanced = solve(problem.replace(objective="load"), "balance").placement
+    assert balanced is not None
+    cap = max_over_mean(balanced, problem.stats.load) * 1.02
+    held = solve(problem.replace(load_cap=cap), "search", brief)
+    assert held.placement is not None
+    assert (max_over_mean(held.placement, problem.stats.load) <= cap * (1 + 1e-9)).all()
+
+
+def _slow(spec: str) -> Topology:
+    values = {"link_gb_per_s": 1.0} if load_topology(spec).is_direct else {}
+    return slow_topology(spec, **values)

@@ -1,7 +1,7 @@
 """Swaps of experts between GPUs, annealed over all layers at once under a price on load.
 
-A table holds the pairs that every expert would keep on each GPU with its two neighbouring layers, so a swap's gain is
-four look-ups. An expert is swapped with one whose load ranks near its own, in a window that shrinks. Load above a
+A table holds what every expert's pairs with its two neighbouring layers are worth on each GPU, so a swap's gain is four
+look-ups. An expert is swapped with one whose load ranks near its own, in a window that shrinks. Load above a
 layer's cap is paid for, a little more than in proportion, by a price that grows while the temperature falls: the hot
 phase crosses infeasible states, the cold one ends within the caps or very near.
 
@@ -151,7 +151,9 @@ class _Run:
             self.random ^= self.random << np.uint64(13)
             self.random ^= self.random >> np.uint64(7)
             self.random ^= self.random << np.uint64(17)
-        self.halted = False
+        self.halted, self.uniform = False, instance.is_uniform
+        self.onward = np.ascontiguousarray(instance.worth)
+        self.backward = np.ascontiguousarray(instance.worth.T)
         if compiled is None:
             compiled = self.gpu.size * turns * ROUNDS >= COMPILE_FROM_SWAPS
         self.kernel = _compiled() if compiled else _turns
@@ -205,6 +207,7 @@ class _Run:
         self.kernel(
             first, second, one.pairs, one.back, one.load, one.cap, self.order, self.rank, self.gpu, self.was, self.near,
             self.busy, self.window[turns], self.heat[turns], self.price[turns], self.bend, LOG_LEVELS, self.random,
+            self.onward, self.backward, self.uniform,
         )  # fmt: skip
 
 
@@ -215,28 +218,30 @@ def _compiled() -> Callable[..., None]:
 
 def _turns(
     first: Any, second: Any, pairs: Any, back: Any, load: Any, cap: Any, order: Any, rank: Any, gpu: Any, was: Any,
-    near: Any, busy: Any, window: Any, heat: Any, price: Any, bend: float, logs: Any, random: Any,
+    near: Any, busy: Any, window: Any, heat: Any, price: Any, bend: float, logs: Any, random: Any, onward: Any,
+    backward: Any, uniform: bool,
 ) -> None:  # fmt: skip
     """Give the layers in ``first`` and then those in ``second`` a turn, once for every temperature."""
     for t in range(len(heat)):
         _turn(first, pairs, back, load, cap, order, rank, gpu, was, near, busy, window[t], heat[t], price[t], bend,
-              logs, random)  # fmt: skip
+              logs, random, onward, backward, uniform)  # fmt: skip
         _turn(second, pairs, back, load, cap, order, rank, gpu, was, near, busy, window[t], heat[t], price[t], bend,
-              logs, random)  # fmt: skip
+              logs, random, onward, backward, uniform)  # fmt: skip
 
 
 def _turn(
     own: Any, pairs: Any, back: Any, load: Any, cap: Any, order: Any, rank: Any, gpu: Any, was: Any, near: Any,
-    busy: Any, window: int, heat: float, price: float, bend: float, logs: Any, random: Any,
+    busy: Any, window: int, heat: float, price: float, bend: float, logs: Any, random: Any, onward: Any, backward: Any,
+    uniform: bool,
 ) -> None:  # fmt: skip
     """Give every layer in ``own`` its turn."""
     layers, experts = gpu.shape
     mask = len(logs) - 1
     for layer in own:
         if layer > 0:
-            _take_up(near[layer], pairs[layer - 1], was[layer - 1], gpu[layer - 1])
+            _take_up(near[layer], pairs[layer - 1], was[layer - 1], gpu[layer - 1], onward, uniform)
         if layer + 1 < layers:
-            _take_up(near[layer], back[layer], was[layer + 1], gpu[layer + 1])
+            _take_up(near[layer], back[layer], was[layer + 1], gpu[layer + 1], backward, uniform)
         was[layer] = gpu[layer]
         top, word = cap[layer], random[layer]
         for _ in range(ROUNDS * experts):
@@ -268,11 +273,22 @@ def _turn(
         random[layer] = word
 
 
-def _take_up(near: Any, pairs: Any, was: Any, now: Any) -> None:
-    """Change a layer's table by what a neighbour changed: ``pairs`` [expert of the neighbour, own expert]."""
+def _take_up(near: Any, pairs: Any, was: Any, now: Any, worth: Any, uniform: bool) -> None:
+    """Change a layer's table by what a neighbour changed: ``pairs`` [its expert, own expert], ``worth`` [its GPU, own].
+
+    Where only pairs that stay count, a move changes two rows of the table.
+    """
     for e in range(len(now)):
         g, h = was[e], now[e]
-        if g != h:
+        if g == h:
+            continue
+        if uniform:
             for f in range(near.shape[1]):
                 near[g, f] -= pairs[e, f]
                 near[h, f] += pairs[e, f]
+            continue
+        for x in range(near.shape[0]):
+            change = worth[h, x] - worth[g, x]
+            if change != 0:
+                for f in range(near.shape[1]):
+                    near[x, f] += change * pairs[e, f]

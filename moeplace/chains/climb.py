@@ -110,7 +110,7 @@ class Climb:
         """Polish a state, and keep it if it is better and within the caps; return whether it was."""
         sweeps = 0 if self._stopped else 200
         state = self._polished(state, sweeps)
-        better = self.instance.stays(state) > self.instance.stays(self.best)
+        better = self.instance.kept(state) > self.instance.kept(self.best)
         if better and not self.instance.excess(state).any():
             self.best = state
             improved(source, state)

@@ -1,4 +1,4 @@
-"""What is annealed: pairs of consecutive choices, loads, and the most load of a GPU in each layer."""
+"""What is annealed: pairs of consecutive choices, what a pair is worth by where it goes, loads and their caps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from moeplace.frozen import Floats, Ints
 
-MOST_PAIRS = 2**30
+MOST_WORTH = 2**29  # of one expert's pairs: sums of four are compared in 32 bits
+WHOLE = 1000  # the worth of a pair that costs nothing, where worths differ
 UNLIMITED = 1e300
 
 
@@ -27,6 +28,9 @@ class Instance:
         ``[layer]`` most load of a GPU; :data:`UNLIMITED` without a cap.
     num_gpus
         GPUs.
+    worth
+        ``[GPU, next GPU]`` int32 worth of a pair that goes from one to the other: the unit matrix where only pairs that
+        stay count.
     """
 
     pairs: npt.NDArray[np.int32]
@@ -34,17 +38,32 @@ class Instance:
     load: Floats
     cap: Floats
     num_gpus: int
+    worth: npt.NDArray[np.int32]
 
     @classmethod
-    def of(cls, pairs: Ints, load: Ints, cap: Floats, num_gpus: int, *, slots: int | None = None) -> Instance:
+    def of(
+        cls,
+        pairs: Ints,
+        load: Ints | Floats,
+        cap: Floats,
+        num_gpus: int,
+        *,
+        slots: int | None = None,
+        cost: Floats | None = None,
+    ) -> Instance:
         """Lay out the arrays; pairs too many for 32 bits are scaled down and rounded.
 
-        ``slots`` are those of a layer, at least its experts; the spare ones become experts of nothing.
+        ``slots`` are those of a layer, at least its experts; the spare ones become experts of nothing. ``cost``
+        ``[GPU, next GPU]`` is what a pair costs by its way; without it all ways between GPUs cost the same.
         """
+        worth = np.eye(num_gpus, dtype=np.int32)
+        if cost is not None and cost.any():
+            worth = np.rint(WHOLE * (1 - cost / cost.max())).astype(np.int32)
         whole = np.asarray(pairs, np.float64)
-        most = float(whole.sum(axis=(1, 2)).max(initial=0.0))
-        if most >= MOST_PAIRS:
-            whole = whole * (MOST_PAIRS / most)
+        of_expert = whole.sum(axis=2).max(initial=0.0) + whole.sum(axis=1).max(initial=0.0)
+        most = float(of_expert) * int(worth.max())
+        if most >= MOST_WORTH:
+            whole = whole * (MOST_WORTH / most)
         spare = 0 if slots is None else slots - load.shape[1]
         own = np.pad(np.rint(whole).astype(np.int32), ((0, 0), (0, spare), (0, spare)))
         return cls(
@@ -53,18 +72,24 @@ class Instance:
             load=np.pad(np.asarray(load, np.float64), ((0, 0), (0, spare))),
             cap=np.where(np.isfinite(cap), cap, UNLIMITED).astype(np.float64),
             num_gpus=num_gpus,
+            worth=np.ascontiguousarray(worth),
         )
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether only pairs that stay on their GPU count, so that GPUs can be renamed in any layer."""
+        return bool((self.worth == np.eye(self.num_gpus, dtype=np.int32)).all())
 
     @property
     def mean_load(self) -> float:
         """Mean load of a GPU in a layer."""
         return float(self.load.sum(axis=1).mean()) / self.num_gpus
 
-    def stays(self, gpu: Ints) -> int:
-        """Pairs that stay on their GPU. Complexity: O(layers · experts²)."""
+    def kept(self, gpu: Ints) -> int:
+        """Worth of all pairs: those that stay on their GPU. Complexity: O(layers · experts²)."""
         total = 0
-        for layer, table in enumerate(self.pairs):
-            total += int(table[gpu[layer][:, None] == gpu[layer + 1][None, :]].sum(dtype=np.int64))
+        for layer in range(len(self.pairs)):
+            total += int((self.between(layer, gpu[layer], gpu[layer + 1]).astype(np.int64) * self.worth).sum())
         return total
 
     def gpu_load(self, gpu: Ints) -> Floats:
@@ -82,13 +107,17 @@ class Instance:
         return above
 
     def near(self, gpu: Ints) -> npt.NDArray[np.int32]:
-        """``[layer, GPU, expert]`` pairs an expert would keep on each GPU with the layers beside its own."""
-        layers, experts = gpu.shape
-        on = (gpu[:, None, :] == np.arange(self.num_gpus)[None, :, None]).astype(np.float64)
-        near = np.zeros((layers, self.num_gpus, experts), np.int32)
-        for layer in range(layers - 1):
-            near[layer + 1] += np.rint(on[layer] @ self.pairs[layer]).astype(np.int32)
-            near[layer] += np.rint(on[layer + 1] @ self.back[layer]).astype(np.int32)
+        """``[layer, GPU, expert]`` worth of an expert's pairs with the layers beside its own, on each GPU."""
+        return np.stack([np.rint(self.near_layer(gpu, layer)).astype(np.int32) for layer in range(len(gpu))])
+
+    def near_layer(self, gpu: Ints, layer: int) -> Floats:
+        """``[GPU, expert]`` of :meth:`near` for one layer. Complexity: O(GPUs · experts²)."""
+        near = np.zeros((self.num_gpus, gpu.shape[1]))
+        worth = self.worth.astype(np.float64)
+        if layer > 0:
+            near += worth.T[:, gpu[layer - 1]] @ self.pairs[layer - 1]
+        if layer + 1 < len(gpu):
+            near += worth[:, gpu[layer + 1]] @ self.back[layer]
         return near
 
     def between(self, layer: int, before: Ints, after: Ints) -> Floats:

@@ -1,8 +1,10 @@
 """The best chain of layers taken from several states, by dynamic programming over layers.
 
 Annealed states of one instance agree in most layers up to the names of GPUs and are worse in different ones. GPUs that
-have equally many slots can be renamed in a layer, so an arc from one state's layer to another's next one is worth its
-best assignment of names, and the best chain is a longest path. It is at least as good as the best of the states.
+have equally many slots can be renamed in a layer, so the best way to go on from one state's layer to another's next one
+is an assignment of names. Each state's layer keeps the names of the best way that leads to it. Where only pairs that
+stay on their GPU count, renaming all layers together changes nothing, and the chain found is a longest path. Otherwise
+it is a good chain, and the best of the states where that is better.
 """
 
 from __future__ import annotations
@@ -31,25 +33,39 @@ def recombine(instance: Instance, states: Sequence[Ints]) -> Ints:
     -------
     ndarray
         ``[layer, expert]`` GPUs; each layer is that of one state with GPUs renamed, so it keeps what caps that kept.
-        Complexity: O(states² · layers · (experts² + GPUs³)).
+        Never worse than the best of the states. Complexity: O(states² · layers · (experts² + GPUs³)).
     """
     layers, count = len(states[0]), len(states)
     same = _same_size(instance, states[0])
-    value, origins = np.zeros(count), []
+    value, rows, origins = np.zeros(count), [state[0] for state in states], []
+    named = [rows]
     for layer in range(layers - 1):
-        arcs = np.array([[_arc(instance, layer, a[layer], b[layer + 1], same)[0] for b in states] for a in states])
-        arcs = arcs + value[:, None]
-        origins.append(arcs.argmax(axis=0))
-        value = arcs.max(axis=0)
-    chain = [int(value.argmax())]
-    for origin in reversed(origins):
-        chain.append(int(origin[chain[-1]]))
-    chain.reverse()
-    rows = [states[chain[0]][0]]
-    for layer in range(layers - 1):
-        following = states[chain[layer + 1]][layer + 1]
-        rows.append(_arc(instance, layer, rows[-1], following, same)[1][following])
-    return np.stack(rows)
+        ways = [_best_way(instance, layer, (value, rows), state[layer + 1], same) for state in states]
+        value = np.array([way[0] for way in ways])
+        rows = [way[2] for way in ways]
+        origins.append([way[1] for way in ways])
+        named.append(rows)
+    at = int(value.argmax())
+    chain = [named[-1][at]]
+    for layer in range(layers - 2, -1, -1):
+        at = origins[layer][at]
+        chain.append(named[layer][at])
+    found = np.stack(chain[::-1])
+    return found if instance.is_uniform else max([found, *states], key=instance.kept)
+
+
+def _best_way(
+    instance: Instance,
+    layer: int,
+    before: tuple[npt.NDArray[np.float64], list[Ints]],
+    after: Ints,
+    same: npt.NDArray[np.bool_],
+) -> tuple[float, int, Ints]:
+    """Most that pairs up to a row are worth, the state of the row before, and the row with its GPUs renamed."""
+    ways = [_renamed(instance, layer, row, after, same) for row in before[1]]
+    value = before[0] + np.array([way[0] for way in ways])
+    best = int(value.argmax())
+    return float(value[best]), best, ways[best][1]
 
 
 def _same_size(instance: Instance, state: Ints) -> npt.NDArray[np.bool_]:
@@ -59,10 +75,12 @@ def _same_size(instance: Instance, state: Ints) -> npt.NDArray[np.bool_]:
     return same
 
 
-def _arc(instance: Instance, layer: int, before: Ints, after: Ints, same: npt.NDArray[np.bool_]) -> tuple[float, Ints]:
-    """Most pairs that stay between two rows when the second's GPUs are renamed, and their new names ``[GPU]``."""
-    table = instance.between(layer, before, after)
+def _renamed(
+    instance: Instance, layer: int, before: Ints, after: Ints, same: npt.NDArray[np.bool_]
+) -> tuple[float, Ints]:
+    """Worth of the pairs between two rows when the second's GPUs have the best names, and the second with them."""
+    table = instance.between(layer, before, after).T @ instance.worth  # [GPU of after, its new name]
     row, column = linear_sum_assignment(np.where(same, -table, table.sum() + 1.0))
     name = np.empty_like(row)
-    name[column] = row
-    return float(table[row, column].sum()), name
+    name[row] = column
+    return float(table[row, column].sum()), name[after]

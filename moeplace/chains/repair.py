@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from moeplace.chains.instance import Instance
-from moeplace.frozen import Floats, Ints
+from moeplace.frozen import Ints
 
 MOST_SWAPS = 400
 
@@ -44,19 +44,9 @@ def repair(instance: Instance, gpu: Ints, fallback: Ints) -> tuple[Ints, int]:
     return state, taken
 
 
-def _near(instance: Instance, state: Ints, layer: int) -> Floats:
-    """``[GPU, expert]`` pairs the experts of a layer would keep on each GPU."""
-    near = np.zeros((instance.num_gpus, state.shape[1]))
-    for other, pairs in ((layer - 1, instance.pairs), (layer + 1, instance.back)):
-        if 0 <= other < len(state):
-            on = state[other][None, :] == np.arange(instance.num_gpus)[:, None]
-            near += on.astype(np.float64) @ pairs[min(layer, other)]
-    return near
-
-
 def _swapped(instance: Instance, state: Ints, layer: int) -> Ints | None:
     """Return the layer after swaps that bring all GPUs under the cap; None where they do not."""
-    near, load, row = _near(instance, state, layer), instance.load[layer], state[layer].copy()
+    near, load, row = instance.near_layer(state, layer), instance.load[layer], state[layer].copy()
     busy = np.bincount(row, weights=load, minlength=instance.num_gpus)
     top = instance.cap[layer] * (1 + 1e-12)
     for _ in range(MOST_SWAPS):
@@ -84,7 +74,7 @@ def _swapped(instance: Instance, state: Ints, layer: int) -> Ints | None:
 def _renamed(instance: Instance, state: Ints, layer: int, row: Ints) -> Ints:
     """Return a row of the fallback with GPUs of equal size renamed for most pairs with the layers beside it."""
     gpus = instance.num_gpus
-    near = _near(instance, state, layer)
+    near = instance.near_layer(state, layer)
     held = (row[None, :] == np.arange(gpus)[:, None]).astype(np.float64)
     table, size = held @ near.T, held.sum(axis=1)
     old, new = linear_sum_assignment(np.where(size[:, None] == size[None, :], -table, table.sum() + 1.0))

@@ -265,7 +265,7 @@ def goal(command: Command) -> Command:
             "--copies-level",
             type=click.Choice(["gpu", "node"]),
             default="gpu",
-            help="What --objective copies counts.",
+            help="What --objective copies and cross count.",
         ),
         option(
             "--objective",

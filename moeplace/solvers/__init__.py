@@ -25,7 +25,7 @@ from moeplace.objective import UNITS, Term, objective_value, terms
 from moeplace.packing.eplb import balance_global, slots_without_copies
 from moeplace.partitions import MAX_DIVISIONS, num_divisions
 from moeplace.placement import Placement
-from moeplace.problem import COPIES, CROSS, Problem
+from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, STEP_TIME, Problem
 from moeplace.solution import Limits, Report, Solution, Status, StopReason
 
 AUTO = "auto"
@@ -95,6 +95,9 @@ def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
         return (Candidate("linear"), Candidate("exact")), f"{few:,} ways to divide a layer: few enough for a proof"
     if problem.objective == CROSS and not problem.whole_model:
         return (Candidate("linear"), Candidate("search")), "traffic between GPUs: annealed, and bounded"
+    if problem.objective == STEP_TIME and problem.dataflow == CONTEXT_COHERENT and not problem.whole_model:
+        tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance"), Candidate("search")]
+        return tuple(tried), "tokens move between experts: work of GPUs and traffic weighed against each other"
     binaries = problem.num_layers * problem.num_experts * problem.num_gpus
     tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance")]
     if problem.model.num_groups > 1 and problem.topology.num_nodes > 1:
@@ -111,7 +114,8 @@ def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
 def divisible(problem: Problem) -> bool:
     """Whether traffic between GPUs is the objective and layers can be divided in few enough ways to try all."""
     few = 0 < num_divisions(problem.num_experts, problem.num_gpus) <= MAX_DIVISIONS
-    return problem.objective == CROSS and not problem.whole_model and problem.divides_evenly and few
+    crossing = problem.objective == CROSS and problem.copies_level == GPU
+    return crossing and not problem.whole_model and problem.divides_evenly and few
 
 
 def solve(problem: Problem, solver: str = AUTO, limits: Limits | None = None, report: Report | None = None) -> Solution:

@@ -16,7 +16,7 @@ from moeplace.errors import InputError, ProblemError
 from moeplace.objective import UNITS, objective_value
 from moeplace.partitions import MAX_DIVISIONS, Divisions, best_chain, num_divisions
 from moeplace.placement import Placement
-from moeplace.problem import CROSS, Problem
+from moeplace.problem import CROSS, GPU, Problem
 from moeplace.solution import Clock, Limits, Report, Solution, Status, StopReason
 
 DESCRIPTION = "the proved least traffic between GPUs, with or without a load cap, for few experts or one per GPU"
@@ -69,9 +69,9 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
 def _check(problem: Problem) -> None:
     """Raise :class:`ProblemError` where the method does not apply."""
     count = num_divisions(problem.num_experts, problem.num_gpus)
-    if problem.objective != CROSS or problem.whole_model:
+    if problem.objective != CROSS or problem.copies_level != GPU or problem.whole_model:
         raise ProblemError(
-            f"objective {problem.objective}",
+            f"objective {problem.objective}, counted by {problem.copies_level}",
             rule="exact minimises the share of pairs that cross GPUs, layer by layer",
             hint="--dataflow context-coherent --objective cross",
         )

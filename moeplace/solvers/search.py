@@ -1,7 +1,10 @@
 """Traffic between the GPUs of consecutive layers, at any size: annealing, recombination, and a certified bound.
 
-Under context-coherent execution a token moves from expert to expert, and what is minimised is the share of consecutive
-pairs on different GPUs, within a load cap for every layer. See :mod:`moeplace.chains` for the method and its bounds.
+Under context-coherent execution a token moves from expert to expert. What is minimised is the share of consecutive
+pairs on different GPUs (or nodes), within a load cap for every layer; see :mod:`moeplace.chains` for the method and its
+bounds. Or it is the predicted time of a step: then pairs cost what their way costs on the topology, by level (GPU,
+node, leaf switch) or hop, experts weigh what they cost their GPU, and the cap on the busiest GPU is a choice: several
+are tried with little work, the best one with all of it. At last GPUs are renamed (:mod:`moeplace.ranks`).
 Experts are placed once: where slots are spare they stay empty, but experts may move into them.
 """
 
@@ -12,18 +15,20 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from moeplace.bounds import cross_bound, load_floor
+from moeplace.bounds import cross_bound, load_floor, step_time_bound
 from moeplace.chains import Climb, Instance, Work
 from moeplace.chains.duals import exact_matching
 from moeplace.chains.sdp import ChainSDP, bounds
+from moeplace.compute import ExpertCompute
 from moeplace.errors import InputError, ProblemError
 from moeplace.frozen import Floats, Ints
 from moeplace.metrics import max_over_mean
-from moeplace.objective import UNITS, objective_value
+from moeplace.objective import UNITS, copy_costs, objective_value
 from moeplace.packing import pack_layers
 from moeplace.packing.eplb import balance_global, slots_without_copies
 from moeplace.placement import EMPTY, Placement
-from moeplace.problem import CROSS, Problem
+from moeplace.problem import CONTEXT_COHERENT, CROSS, GPU, NODE, STEP_TIME, Problem
+from moeplace.ranks import rename_gpus
 from moeplace.solution import Clock, Limits, Report, Solution, Status, StopReason, relative_gap
 
 DESCRIPTION = "least traffic between GPUs at any size: annealed, recombined, within load caps, with a certified bound"
@@ -38,6 +43,9 @@ KICKS = 100
 SDP_WORK = 5.5e11  # multiplications of eigenvectors, at work 1
 MOST_STEPS, LEAST_STEPS, EVALUATIONS = 400, 10, 8
 STALLED = 2e-5  # of all pairs, between two evaluations
+SLACKS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, math.inf)  # of the busiest GPU's work, above the balanced one's
+SCAN = 0.08  # work of the search under each
+TRIES = 300  # exchanges of ranks on direct networks
 
 
 def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
@@ -51,11 +59,12 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
     kind = limits.options.get("bound", BOUNDS[0])
     if kind not in BOUNDS:
         raise InputError(f"bound {kind!r}", rule=f"one of {', '.join(BOUNDS)}")
-    if problem.objective != CROSS or problem.whole_model:
+    moving = problem.objective == STEP_TIME and problem.dataflow == CONTEXT_COHERENT
+    if not (problem.objective == CROSS or moving) or problem.whole_model:
         raise ProblemError(
-            f"objective {problem.objective}",
-            rule="search minimises the share of pairs that cross GPUs, layer by layer",
-            hint="--dataflow context-coherent --objective cross",
+            f"objective {problem.objective} with {problem.dataflow} execution",
+            rule="search minimises pairs that cross GPUs, or step time where tokens move from expert to expert",
+            hint="--dataflow context-coherent, with --objective cross or step-time",
         )
     return _Run(problem, limits, report).solve(kind)
 
@@ -71,27 +80,40 @@ class _Run:
             raise ProblemError("the trace holds only counts", rule="traffic between layers needs tokens")
         self.pairs = stats.transition
         self.total = max(1, int(self.pairs.sum()))
-        mean = stats.load.sum(axis=1) / problem.num_gpus
-        cap = np.full(problem.num_layers, np.inf) if problem.load_cap is None else problem.load_cap * mean
-        self.cap = None if problem.load_cap is None else cap
-        self.instance = Instance.of(self.pairs, stats.load, cap, problem.num_gpus, slots=problem.num_slots)
+        self.timed = problem.objective == STEP_TIME
+        self.load = (
+            _work(problem, self.pairs) if self.timed and problem.load_cap is None else stats.load.astype(np.float64)
+        )
+        mean = self.load.sum(axis=1) / problem.num_gpus
+        self.cap = np.full(problem.num_layers, np.inf) if problem.load_cap is None else problem.load_cap * mean
+        self.instance = self._instance(self.cap)
         self.notes: list[str] = []
+
+    def _instance(self, cap: Floats) -> Instance:
+        problem, cost = self.problem, None
+        if self.timed:
+            cost = 1 / problem.topology.pair_bandwidth_gb_per_s()
+        elif problem.copies_level == NODE:
+            node = problem.topology.node_of_gpu()
+            cost = (node[:, None] != node[None, :]).astype(np.float64)
+        return Instance.of(self.pairs, self.load, cap, problem.num_gpus, slots=problem.num_slots, cost=cost)
 
     def solve(self, kind: str) -> Solution:
         start = self._start()
         if self.instance.excess(start).any():
             return self._nothing(start)
-        best = self._climb(start)
-        placement = self._placement(best)
+        best = self._sweep(start) if self.timed else self._placement(self._climb(start))
+        tries = max(1, round(TRIES * self.limits.work))
+        placement = rename_gpus(self.problem, best, seed=self.limits.seed, tries=tries, stop=lambda: self.clock.over)
         value = objective_value(self.problem, placement)
-        bound = self._bound(kind, value)
+        bound = self._time_bound() if self.timed else self._crossing_bound(kind, self.problem, value)
         proven = value <= bound * (1 + 1e-9)
         reached = not proven and self.limits.gap > 0 and (relative_gap(value, bound) or 0.0) <= self.limits.gap
         stopped = self.clock.stop_reason() if self.clock.over else StopReason.EXHAUSTED
         return Solution(
             placement=placement,
             objective=value,
-            unit=UNITS[CROSS],
+            unit=UNITS[self.problem.objective],
             bound=min(bound, value),
             status=Status.OPTIMAL if proven else Status.FEASIBLE,
             stop_reason=StopReason.PROVEN if proven else StopReason.GAP if reached else stopped,
@@ -101,6 +123,23 @@ class _Run:
             notes=tuple(self.notes),
         )
 
+    def _sweep(self, start: Ints) -> Placement:
+        """Search under several caps on the busiest GPU's work, then on under the best; return the least step time."""
+        balanced = self.instance.gpu_load(start).max(axis=1)
+        best, state, kept = self._placement(start), start, 0.0
+        value = objective_value(self.problem, best)
+        for slack in SLACKS:
+            if self.clock.over:
+                break
+            self.instance = self._instance(np.minimum(self.cap, balanced * (1 + slack)))
+            state = self._climb(state, (SCAN,))
+            placement = self._placement(state)
+            if (now := objective_value(self.problem, placement)) < value:
+                best, value, kept = placement, now, slack
+        self.instance = self._instance(np.minimum(self.cap, balanced * (1 + kept)))
+        last = self._placement(self._climb(self._state(best), (1.0,)))
+        return min((last, best), key=lambda placement: objective_value(self.problem, placement))
+
     def _start(self) -> Ints:
         """Return the state to start from: the start that was given, EPLB's or a better balanced one, within the cap."""
         problem = self.problem
@@ -109,11 +148,12 @@ class _Run:
             state = self._state(given)
             if not self.instance.excess(state).any():
                 return state
-        load = problem.stats.load.astype(np.float64)
+        load = self.load
         slots = slots_without_copies(problem.slots_per_gpu, problem.num_experts)
         placement = balance_global(load, slots)
-        if self.instance.excess(self._state(placement)).any():
-            floor = load_floor(problem) * load.sum(axis=1) / problem.num_gpus
+        if self.timed or self.instance.excess(self._state(placement)).any():
+            least = 1.0 if self.timed else load_floor(problem)
+            floor = least * load.sum(axis=1) / problem.num_gpus
             placement = pack_layers(
                 load, placement, slots, floor=floor, kicks=KICKS, seed=self.limits.seed, stop=lambda: self.clock.over
             )
@@ -140,10 +180,10 @@ class _Run:
                 slots[layer, gpu, : len(held)] = held
         return Placement(slots=slots, num_experts=problem.num_experts)
 
-    def _climb(self, start: Ints) -> Ints:
+    def _climb(self, start: Ints, scales: tuple[float, ...] = (QUICK, 1.0)) -> Ints:
         """Search briefly, so that a run that is cut has something, then with all the work."""
-        best, limit = start, self.limits.time_limit_s * SHARE_OF_TIME
-        for scale in (QUICK, 1.0):
+        best, limit = start, self.limits.time_limit_s * (1.0 if self.timed else SHARE_OF_TIME)
+        for scale in scales:
             work = Work.of(self.instance, scale * self.limits.work)
             climb = Climb(
                 self.instance, best, seed=self.limits.seed, threads=self.limits.threads, watch=self._watch(limit)
@@ -165,27 +205,43 @@ class _Run:
         return watch
 
     def _improved(self, source: str, state: Ints) -> None:
-        placement = self._placement(state)
-        load = float(max_over_mean(placement, self.problem.stats.load).mean())
-        value = 1 - self.instance.stays(state) / max(1, int(self.instance.pairs.sum(dtype=np.int64)))
-        self.report.improved(f"search, {source}", value, unit=UNITS[CROSS], figures={"load max/mean": load})
+        problem, placement = self.problem, self._placement(state)
+        load = float(max_over_mean(placement, problem.stats.load).mean())
+        value = objective_value(problem, placement)
+        self.report.improved(f"search, {source}", value, unit=UNITS[problem.objective], figures={"load max/mean": load})
 
-    def _bound(self, kind: str, value: float) -> float:
-        """Return a lower bound on the share that crosses: the better of both kinds."""
+    def _time_bound(self) -> float:
+        """Lower bound on the step time: what must cross GPUs and nodes by the better of degrees and the SDP."""
         problem = self.problem
+        crossing: dict[str, float] = {}
+        if problem.num_layers > 1 and problem.num_gpus > 1:
+            levels = (GPU, NODE) if problem.topology.num_nodes > 1 else (GPU,)
+            for level in levels:
+                share = self._crossing_bound(
+                    "sdp", problem.replace(objective=CROSS, copies_level=level), 1.0, len(levels)
+                )
+                crossing[level] = share * self.total
+        return step_time_bound(problem, crossing)
+
+    def _crossing_bound(self, kind: str, problem: Problem, value: float, parts: int = 1) -> float:
+        """Return a lower bound on the share that crosses: the better of both kinds, with a part of the work."""
+        groups, slots = problem.levelled
         best = cross_bound(problem)
-        if problem.num_layers < 2 or problem.num_gpus < 2:
+        if problem.num_layers < 2 or groups < 2:
             return best
         if kind == "matching":
-            kept = int(exact_matching(self.pairs, problem.max_slots).sum())
+            kept = int(exact_matching(self.pairs, slots).sum())
             return max(best, 1 - kept / self.total)
         if not problem.divides_evenly:
             self.notes.append("uneven or spare slots: the bound is that of matchings, without the load cap")
             return best
         size = 2 * problem.num_experts
-        wanted = int(self.limits.work * SDP_WORK / ((problem.num_layers - 1) * size**3))
+        wanted = int(self.limits.work * SDP_WORK / ((problem.num_layers - 1) * size**3 * parts))
         steps = min(MOST_STEPS, max(LEAST_STEPS, wanted))
-        sdp = ChainSDP(self.pairs, problem.stats.load, self.cap, problem.num_gpus, threads=self.limits.threads)
+        cap = None
+        if problem.load_cap is not None:
+            cap = problem.load_cap * self.problem.stats.load.sum(axis=1) / groups
+        sdp = ChainSDP(self.pairs, problem.stats.load, cap, groups, threads=self.limits.threads)
         before = best
         for taken, most in bounds(sdp, steps, max(5, steps // EVALUATIONS), lambda: self.clock.over):
             best = max(best, 1 - most / self.total)
@@ -206,7 +262,7 @@ class _Run:
         return Solution(
             placement=None,
             objective=math.inf,
-            unit=UNITS[CROSS],
+            unit=UNITS[self.problem.objective],
             status=Status.UNKNOWN,
             stop_reason=self.clock.stop_reason() if self.clock.over else StopReason.EXHAUSTED,
             solver="search",
@@ -222,3 +278,23 @@ class _Run:
         busy = self.instance.gpu_load(state)
         ratio: Floats = busy.max(axis=1) / busy.mean(axis=1)
         return ratio
+
+
+def _work(problem: Problem, pairs: Ints) -> Floats:
+    """``[layer, expert]`` µs an expert costs its GPU in the mean step: computing it, and moving its tokens.
+
+    A GPU's compute is the larger of reading weights and arithmetic; in each layer that of all experts together decides
+    which one is meant. Tokens that come and go are moved at the mean cost of a way, as if experts were anywhere.
+    """
+    model, topology = problem.model, problem.topology
+    compute = ExpertCompute.of(model, topology.accelerator, problem.law.phase)
+    ones = np.ones((problem.num_layers, problem.num_experts), np.int64)
+    memory, arithmetic = copy_costs(problem, ones, compute)
+    heavier = memory.sum(axis=1, keepdims=True) >= arithmetic.sum(axis=1, keepdims=True)
+    moved = np.zeros(ones.shape)
+    moved[:-1] += pairs.sum(axis=2)
+    moved[1:] += pairs.sum(axis=1)
+    us_of_pair = 1e-3 * model.bytes_per_copy_dispatch * float((1 / topology.pair_bandwidth_gb_per_s()).mean())
+    share = problem.law.step_tokens / problem.stats.num_tokens / 2  # what comes and what goes overlap
+    work: Floats = np.where(heavier, memory, arithmetic) + moved * share * us_of_pair
+    return work
