@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from moeplace.execution import Execution as Execution
     from moeplace.exporters import read_placement as read_placement
     from moeplace.exporters import write as write
+    from moeplace.front import trace_front as trace_front
     from moeplace.hardware import Accelerator as Accelerator
     from moeplace.hardware import load_accelerator as load_accelerator
     from moeplace.model import ModelSpec as ModelSpec
@@ -77,6 +78,7 @@ _HOMES = {
     "errors": ("MoeplaceError",),
     "execution": ("Execution",),
     "exporters": ("read_placement", "write"),
+    "front": ("trace_front",),
     "hardware": ("Accelerator", "load_accelerator"),
     "model": ("ModelSpec", "load_model"),
     "parts": ("parted",),

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moeplace.diff import Change, move_terms
+from moeplace.front import Front
 from moeplace.metrics import max_over_mean
 from moeplace.problem import Problem
 from moeplace.solution import Incumbent, Report, Solution, relative_gap
@@ -260,6 +261,24 @@ class SolveLog(Report):
         write_lines(lines, self._out)
         for note in solution.notes:
             say(f"note: {note}", self._out)
+
+    def front(self, front: Front) -> None:
+        """Write the trade between load and traffic, its certified corner last."""
+        if not self.shown:
+            return
+        self._clear()
+        self._show_held()
+        rows = [["least", "cap", "load max/mean", f"{front.traffic} [{front.unit}]", "step time [µs]", "bound", ""]]
+        for i, one in enumerate(front.points):
+            told = "least step time" if i == front.chosen else "" if one.on_front else "beaten"
+            bound = "-" if one.bound is None else number(one.bound)
+            cap = "none" if one.cap is None else number(one.cap)
+            figures = [cap, *map(number, (one.load, one.traffic, one.step_time_us)), bound]
+            rows.append([one.minimised, *figures, told])
+        floor, least, soonest = map(number, (front.load_floor, front.traffic_bound, front.step_time_bound_us))
+        rows.append(["no less than", "", floor, least, soonest, "", "certified for every placement"])
+        for line in align(rows, right=range(1, 6), width=width_of(self._out)):
+            say(line, self._out)
 
     def end(self, sentence: str) -> None:
         """Write where the placement went, if the log is shown."""

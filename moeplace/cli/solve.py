@@ -40,6 +40,7 @@ Examples:
   moeplace solve trace.npz -t hgx-h100-2x8 --slots-per-gpu 17 -o new.json
   moeplace solve trace.npz -t scale-out:2x4 --solver moetuner --time-limit 2m
   moeplace solve trace.npz --baseline old.json --require 5% -o new.json
+  moeplace solve trace.npz -t scale-out:2x4 --dataflow context-coherent --pareto -o best.json
   zcat trace.jsonl.gz | moeplace solve - --objective load > placement.json
 """
 
@@ -72,6 +73,7 @@ Examples:
 )
 @option("--gap", type=Share(), default="0", help="Stop at this relative gap: 0.01 or 1%.")
 @option("--seed", type=Whole(0), default=0, help="Random seed.")
+@option("--pareto", is_flag=True, help="Sweep the load cap, show the front, and return its least step time.")
 @option("--fit", metavar="SPLIT", help="Fit on a part of the trace: half:SEED, domain:NAME,… or time:FRACTION.")
 @option("--baseline", type=click.Path(allow_dash=True), help="The placement now deployed, to count moves from.")
 @option("--format", "output_format", metavar="NAME", default="native", help="Placement format (moeplace list formats).")
@@ -97,6 +99,7 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
     from moeplace.exporters import load_exporter
     from moeplace.exporters.native import document_of
     from moeplace.files import atomic_output
+    from moeplace.front import trace_front
     from moeplace.report import SolveLog
     from moeplace.solvers import check_cap, load_solver, solve
     from moeplace.soundness import count_and_doubt
@@ -106,6 +109,8 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
     for name in options["solver"].split("+"):
         if name != "auto":
             load_solver(name)
+    if options["pareto"] and options["objective"] != "step-time":
+        raise click.UsageError(f"--pareto chooses by predicted step time: leave out --objective {options['objective']}")
     quiet = options["quiet"]
     to_stdout = output is None and (options["as_json"] or quiet or not sys.stdout.isatty())
     target = "-" if to_stdout else output
@@ -127,9 +132,14 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
         warn((*said, *noted), quiet=quiet or log.shown)
         limits = _limits(options)
         with _stop_on_interrupt(limits.stop):
-            solution = solve(problem, options["solver"], limits, log)
+            front = None
+            if options["pareto"]:
+                front, solution = trace_front(problem, options["solver"], limits, log)
+                log.front(front)
+            else:
+                solution = solve(problem, options["solver"], limits, log)
         log.tail(solution, problem)
-        document = document_of(problem, solution, limits)
+        document = document_of(problem, solution, limits, front)
         if file is not None:
             exporter.write(document, file)
     if file is None:

@@ -5,6 +5,7 @@ JSON with sorted keys and fixed precision, one line per layer, and nothing that 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import IO, Any
 
 from moeplace.diff import move_terms
 from moeplace.errors import InfeasibleError, InputError, Location, NothingFoundError, PlacementError
+from moeplace.front import Front
 from moeplace.objective import Term
 from moeplace.placement import EMPTY, Placement
 from moeplace.problem import Problem
@@ -43,8 +45,10 @@ class PlacementFile:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def document_of(problem: Problem, solution: Solution, limits: Limits | None = None) -> PlacementFile:
-    """Collect what the native file says about a solution.
+def document_of(
+    problem: Problem, solution: Solution, limits: Limits | None = None, front: Front | None = None
+) -> PlacementFile:
+    """Collect what the native file says about a solution, and about the front it was chosen from.
 
     Raises
     ------
@@ -94,7 +98,23 @@ def document_of(problem: Problem, solution: Solution, limits: Limits | None = No
             "notes": list(solution.notes),
         },
     }
+    if front is not None:
+        details["front"] = _front(front)
     return PlacementFile(placement=solution.placement, layer_ids=meta.layer_ids, details=details)
+
+
+def _front(front: Front) -> dict[str, Any]:
+    points = [
+        {name: _round(value) if isinstance(value, float) else value for name, value in dataclasses.asdict(one).items()}
+        for one in front.points
+    ]
+    corner = {
+        "load": _round(front.load_floor),
+        "traffic": _round(front.traffic_bound),
+        "step_time_us": _round(front.step_time_bound_us),
+    }
+    traffic = {"name": front.traffic, "unit": front.unit}
+    return {"points": points, "chosen": front.chosen, "traffic": traffic, "corner": corner}
 
 
 def _without_placement(solution: Solution) -> InfeasibleError | NothingFoundError:

@@ -164,7 +164,7 @@ def _solve_auto(problem: Problem, limits: Limits, report: Report, floor: float) 
     within = [entry for entry in found if not _over_cap(problem, entry[1].placement).any()]
     chosen, best = min(within or found or tried[:1], key=lambda entry: entry[1].objective)
     note = f"auto tried {', '.join(str(candidate) for candidate, _ in tried)}; {chosen} is best ({why})"
-    return _finish(problem, best.replace(notes=(*best.notes, note), history=tuple(report.history)), floor)
+    return finish(problem, best.replace(notes=(*best.notes, note), history=tuple(report.history)), floor)
 
 
 def _solve_chain(problem: Problem, names: Sequence[str], limits: Limits, report: Report, floor: float) -> Solution:
@@ -182,7 +182,7 @@ def _solve_chain(problem: Problem, names: Sequence[str], limits: Limits, report:
     if answer is None:
         raise SolverError("no solver was named")
     notes = (*answer.notes, *ignored)
-    return _finish(problem, answer.replace(solver="+".join(names), notes=notes, history=tuple(report.history)), floor)
+    return finish(problem, answer.replace(solver="+".join(names), notes=notes, history=tuple(report.history)), floor)
 
 
 def check_cap(problem: Problem) -> None:
@@ -278,7 +278,8 @@ def _over_cap(problem: Problem, placement: Placement | None) -> npt.NDArray[np.b
     return over
 
 
-def _finish(problem: Problem, answer: Solution, floor: float) -> Solution:
+def finish(problem: Problem, answer: Solution, floor: float) -> Solution:
+    """Verify an answer, and complete it: bound not below ``floor``, every term, a status that the numbers bear out."""
     if answer.placement is None:
         return answer
     value = verify(problem, answer)

@@ -127,7 +127,7 @@ class _Run:
         """Search under several caps on the busiest GPU's work, then on under the best; return the least step time."""
         balanced = self.instance.gpu_load(start).max(axis=1)
         best, state, kept = self._placement(start), start, 0.0
-        value = objective_value(self.problem, best)
+        value, given = objective_value(self.problem, best), self._given()
         for slack in SLACKS:
             if self.clock.over:
                 break
@@ -138,16 +138,15 @@ class _Run:
                 best, value, kept = placement, now, slack
         self.instance = self._instance(np.minimum(self.cap, balanced * (1 + kept)))
         last = self._placement(self._climb(self._state(best), (1.0,)))
-        return min((last, best), key=lambda placement: objective_value(self.problem, placement))
+        options = [last, best] if given is None else [last, best, self._placement(given)]
+        return min(options, key=lambda placement: objective_value(self.problem, placement))
 
     def _start(self) -> Ints:
         """Return the state to start from: the start that was given, EPLB's or a better balanced one, within the cap."""
         problem = self.problem
-        given = problem.start
-        if given is not None and (given.replicas() == 1).all() and not given.duplicates():
-            state = self._state(given)
-            if not self.instance.excess(state).any():
-                return state
+        given = self._given()
+        if given is not None and not self.timed:
+            return given
         load = self.load
         slots = slots_without_copies(problem.slots_per_gpu, problem.num_experts)
         placement = balance_global(load, slots)
@@ -158,6 +157,14 @@ class _Run:
                 load, placement, slots, floor=floor, kicks=KICKS, seed=self.limits.seed, stop=lambda: self.clock.over
             )
         return self._state(placement)
+
+    def _given(self) -> Ints | None:
+        """Return the start that was given, where it has no copies and keeps the cap."""
+        given = self.problem.start
+        if given is None or (given.replicas() != 1).any() or given.duplicates():
+            return None
+        state = self._state(given)
+        return None if self.instance.excess(state).any() else state
 
     def _state(self, placement: Placement) -> Ints:
         """``[layer, slot]`` GPUs of the experts, and of one expert of nothing for each empty slot."""
