@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 from moeplace.chains import Climb, Instance, Work
 from moeplace.chains.anneal import Schedule, anneal
 from moeplace.chains.duals import exact_matching, matching_bound, spectral_bound, symmetric_bound, transport_bound
-from moeplace.chains.eigen import eigh
+from moeplace.chains.eigen import PositivePart, eigh
 from moeplace.chains.recombine import recombine
 from moeplace.chains.repair import repair
 from moeplace.chains.sdp import ChainSDP, bounds
@@ -283,3 +283,22 @@ def test_huge_counts_are_scaled() -> None:
     assert instance.pairs.dtype == np.int32
     assert instance.pairs[0, 0, 0] == pytest.approx(2 * instance.pairs[0, 0, 1], abs=2)
     assert instance.pairs.sum(dtype=np.int64) <= 2**30 + 4
+
+
+@pytest.mark.parametrize("rank", [0, 5, 60, 250])
+def test_positive_parts_are_followed(rank: int) -> None:
+    """Of matrices that change a little from call to call, the part above 0 is near the exact one; few or many of it."""
+    rng = np.random.default_rng(rank)
+    size = 256
+    turn = np.linalg.qr(rng.standard_normal((size, size)))[0]
+    values = np.concatenate([rng.uniform(1, 20, rank), rng.uniform(-10, 0.0, size - rank)])
+    follow = PositivePart()
+    for _ in range(8):
+        values = values + 0.05 * rng.standard_normal(size)
+        turn = np.linalg.qr(turn + 1e-4 * rng.standard_normal((size, size)))[0]
+        matrix = ((turn * values) @ turn.T).astype(np.float32)
+        matrix = (matrix + matrix.T) / 2
+        exact = (turn * np.maximum(values, 0)) @ turn.T
+        part = follow.of(matrix)
+        assert np.linalg.norm(part - exact) <= 0.02 * max(10.0, np.linalg.norm(exact))
+        assert np.linalg.eigvalsh(part.astype(float)).min() >= -1e-3

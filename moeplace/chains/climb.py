@@ -18,6 +18,7 @@ from moeplace.chains.repair import repair
 from moeplace.frozen import Ints
 
 PROPOSALS = 500e6  # of all stages at work 1
+FEW_EXPERTS, MORE = 2048, 3.0  # experts of all layers up to which there are more of them, and how many times
 SHARE_OF_RUNS = 0.6
 MOST_RUNS = 8
 WARM = (0.4, 0.2, 0.5, 0.3, 0.6)
@@ -47,7 +48,8 @@ class Work:
     @classmethod
     def of(cls, instance: Instance, scale: float) -> Work:
         """Share out ``scale`` times :data:`PROPOSALS`: longer runs on more GPUs, more runs where there is time left."""
-        sweeps = max(8.0, scale * PROPOSALS / instance.load.size)
+        more = MORE if instance.load.size <= FEW_EXPERTS else 1.0
+        sweeps = max(8.0, scale * more * PROPOSALS / instance.load.size)
         runs = int(min(MOST_RUNS, max(1.0, SHARE_OF_RUNS * sweeps / max(5000.0, 100.0 * instance.num_gpus))))
         each = SHARE_OF_RUNS * sweeps / runs
         warm = min(each / 2, 2000.0)

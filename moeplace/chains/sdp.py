@@ -9,9 +9,9 @@ placement problem with equally many slots on every GPU and no copies. Blocks of 
 is chordal.
 
 It is solved by the alternating direction method of multipliers in single precision: matrices with the sums (closed
-form), the cone (eigenvectors, in threads), the box and the caps take turns. Any iterate gives a valid bound, evaluated
-in double precision: multipliers of the cone are a sum of squares by construction, those of the caps are clipped at 0,
-and what remains is bounded by :mod:`moeplace.chains.duals`.
+form), the cone (eigenvectors, followed from step to step, in threads), the box and the caps take turns. Any iterate
+gives a valid bound, evaluated in double precision: multipliers of the cone are a sum of squares by construction, those
+of the caps are clipped at 0, and what remains is bounded by :mod:`moeplace.chains.duals`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from moeplace.chains.duals import symmetric_bound, transport_bound
-from moeplace.chains.eigen import eigh, load_routine
+from moeplace.chains.eigen import PositivePart, Singles, eigh, load_routine
 from moeplace.frozen import Floats, Ints
 
 RHO_TIMES_EXPERTS = 3.2  # the step of the method: found best at 64 and at 256 experts
 ROOM = 1e-9  # placements may exceed their caps by this
-Singles = npt.NDArray[np.float32]
 
 
 class ChainSDP:
@@ -73,6 +71,7 @@ class ChainSDP:
         self.rows = [np.full(shape, self.slots, np.float64) for shape in (half, size[:2], size[:2])]
         self.row_dual = [np.zeros_like(rows) for rows in self.rows]
         load_routine()
+        self._parts = [PositivePart() for _ in range(self.links)]
         self._maps = _Maps(self.weight, self.capped, self._copies())
 
     def iterate(self, times: int, stop: Callable[[], bool] = lambda: False) -> int:
@@ -131,12 +130,7 @@ class ChainSDP:
 
     def _meet_cone(self, link: int) -> None:
         moved = self._block(link) + self.cone_dual[link]
-        values, vectors = eigh(moved)
-        above = values > 0
-        if 2 * above.sum() <= len(values):
-            self.cone[link] = (vectors[:, above] * values[above]) @ vectors[:, above].T
-        else:
-            self.cone[link] = moved - (vectors[:, ~above] * values[~above]) @ vectors[:, ~above].T
+        self.cone[link] = self._parts[link].of(moved)
         self.cone_dual[link] = moved - self.cone[link]
 
     def _meet_box(self, layer: int) -> None:
