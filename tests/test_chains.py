@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from moeplace.chains.eigen import PositivePart, eigh
 from moeplace.chains.recombine import recombine
 from moeplace.chains.repair import repair
 from moeplace.chains.sdp import ChainSDP, bounds
+from moeplace.chains.triangles import VIOLATED, Triangles, violated
 from moeplace.frozen import Floats, Ints
 from moeplace.partitions import Divisions, best_chain
 
@@ -204,14 +206,59 @@ def test_the_programme_is_tighter_than_matchings_and_tightened_by_caps() -> None
 
 
 def test_threads_do_not_change_the_bound() -> None:
-    """The programme's iterates are the same in one thread and in two."""
+    """The programme's iterates are the same in one thread and in two, with triangles too."""
     instance, _ = _instance(5, 4, 12, 3)
     values = []
     for threads in (1, 2):
         sdp = ChainSDP(instance.pairs.astype(np.int64), instance.load, instance.cap, 3, threads=threads)
         sdp.iterate(15)
+        sdp.separate()
+        sdp.iterate(15)
         values.append(sdp.bound())
     assert values[0] == values[1]
+
+
+@pytest.mark.parametrize(("seed", "gpus"), [(0, 2), (1, 2), (2, 4), (3, 4)])
+def test_triangles_tighten_the_bound_and_keep_it_valid(seed: int, gpus: int) -> None:
+    """Against the proved optimum within the caps: never below it, and below the bound without them."""
+    instance, _ = _instance(seed, 5, 8, gpus)
+    pairs, best = instance.pairs.astype(np.int64), _optimum(instance, capped=True)
+    plain, tight = (ChainSDP(pairs, instance.load, instance.cap, gpus) for _ in range(2))
+    plain.iterate(500)
+    lowest = min(value for _, value in bounds(tight, 500, 50, lambda: False))
+    assert sum(len(triangles.price) for triangles in tight.triangles)
+    assert best * (1 - 1e-9) <= lowest < plain.bound()
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+def test_triangles_are_those_that_are_violated(seed: int) -> None:
+    """Every triple that is violated is found once, most violated first; weights are the derivative of its sum."""
+    rng = np.random.default_rng(seed)
+    size = 7
+    block = rng.random((size, size))
+    block = ((block + block.T) / 2).astype(np.float32)
+    np.fill_diagonal(block, 1.0)
+    all_of_them = {
+        (i, min(j, k), max(j, k))
+        for i, j, k in itertools.permutations(range(size), 3)
+        if block[i, j] + block[i, k] - block[j, k] - 1 > VIOLATED
+    }
+    found, amount = violated(block)
+    assert {(i, min(j, k), max(j, k)) for i, j, k in found.tolist()} == all_of_them
+    assert len(found) == len(all_of_them)
+    triangles = Triangles(size)
+    triangles.separate(block, 3)
+    assert len(triangles.corners) == min(3, len(found))
+    if len(found) > 3:
+        excess = [float(block[i, j] + block[i, k] - block[j, k] - 1) for i, j, k in triangles.corners]
+        assert min(excess) >= np.sort(amount)[-3] - 1e-6
+    weights = triangles.update(block, 0.1)
+    i, j, k = triangles.corners.T
+    total = float((triangles.price * (block[i, j] + block[i, k] - block[j, k])).sum())
+    assert float((weights * block).sum()) == pytest.approx(total, abs=1e-6)
+    triangles.separate(np.eye(size, dtype=np.float32), 3)
+    assert (triangles.price > 0).all()
 
 
 def test_iterating_stops_when_asked() -> None:

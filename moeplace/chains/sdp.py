@@ -6,12 +6,12 @@ the next. With the memberships ``x_l`` (expert × GPU), ``D_l = x_l x_lᵀ`` and
 and columns add up to ``S``, and a row weighted with loads is the load of a GPU, at most its layer's cap:
 ``D_l w_l ≤ c_l``, ``X_l w_{l+1} ≤ c_{l+1}``, ``X_lᵀ w_l ≤ c_l``. Maximising ``Σ A_l·X_l`` over all that relaxes the
 placement problem with equally many slots on every GPU and no copies. Blocks of consecutive layers suffice: the pattern
-is chordal.
+is chordal. :mod:`moeplace.chains.triangles` tightens it once it has nearly converged.
 
 It is solved by the alternating direction method of multipliers in single precision: matrices with the sums (closed
 form), the cone (eigenvectors, followed from step to step, in threads), the box and the caps take turns. Any iterate
 gives a valid bound, evaluated in double precision: multipliers of the cone are a sum of squares by construction, those
-of the caps are clipped at 0, and what remains is bounded by :mod:`moeplace.chains.duals`.
+of the caps and the triangles are clipped at 0, and what remains is bounded by :mod:`moeplace.chains.duals`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ from threadpoolctl import threadpool_limits
 
 from moeplace.chains.duals import symmetric_bound, transport_bound
 from moeplace.chains.eigen import PositivePart, Singles, eigh, load_routine
+from moeplace.chains.triangles import Triangles
 from moeplace.frozen import Floats, Ints
 
 RHO_TIMES_EXPERTS = 3.2  # the step of the method: found best at 64 and at 256 experts
+TRIANGLES = 1000  # added to a block at a time
+SETTLED = 80  # steps before the first are
 ROOM = 1e-9  # placements may exceed their caps by this
 
 
@@ -51,7 +54,9 @@ class ChainSDP:
         self.links, self.experts = pairs.shape[:2]
         self.slots = self.experts // num_gpus
         self.scale = self.links * self.experts / max(1.0, float(pairs.sum(dtype=np.float64)))
-        self.gain = pairs * self.scale  # such that a placement keeps at most about one pair for each expert and link
+        self.pairs_gain = self.gain = (
+            pairs * self.scale
+        )  # such that a placement keeps at most about one pair for each expert and link
         mean = np.maximum(load.mean(axis=1, keepdims=True), 1e-300)
         self.weight = (load / mean).astype(np.float64)
         self.top = np.full(len(load), np.inf) if cap is None else cap / mean[:, 0] * (1 + ROOM)
@@ -71,6 +76,8 @@ class ChainSDP:
         self.rows = [np.full(shape, self.slots, np.float64) for shape in (half, size[:2], size[:2])]
         self.row_dual = [np.zeros_like(rows) for rows in self.rows]
         load_routine()
+        self.triangles = [Triangles(2 * self.experts) for _ in range(self.links)]
+        self.triangle_gain = np.zeros(self.within.shape)
         self._parts = [PositivePart() for _ in range(self.links)]
         self._maps = _Maps(self.weight, self.capped, self._copies())
 
@@ -84,7 +91,14 @@ class ChainSDP:
                 list(pool.map(self._meet_sums_within, range(len(self.weight))))
                 list(pool.map(self._meet_cone, range(self.links)))
                 list(pool.map(self._meet_box, range(len(self.weight))))
+                if len(self.triangles[0].price):
+                    self._price(list(pool.map(self._meet_triangles, range(self.links))))
         return times
+
+    def separate(self) -> None:
+        """Add the triangle inequalities that the iterate violates most."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(lambda link: self.triangles[link].separate(self._block(link), TRIANGLES), range(self.links)))
 
     def bound(self) -> float:
         """Evaluate the bound of the current iterate: pairs that stay in any placement, at most."""
@@ -96,7 +110,8 @@ class ChainSDP:
                 total += value
                 within[link] += before
                 within[link + 1] += after
-            total += sum(pool.map(self._layer_bound, range(len(self.weight)), within))
+            total += sum(pool.map(self._layer_bound, range(len(self.weight)), within + self.triangle_gain))
+            total += sum(float(triangles.price.sum()) for triangles in self.triangles)
         return total / self.scale * (1 + 1e-9)
 
     def _block(self, link: int) -> Singles:
@@ -125,6 +140,7 @@ class ChainSDP:
             target = target + self.cone[layer, :e, :e] - self.cone_dual[layer, :e, :e]
         if layer > 0:
             target = target + self.cone[layer - 1, e:, e:] - self.cone_dual[layer - 1, e:, e:]
+        target = target + (self.triangle_gain[layer] / self.rho).astype(np.float32)
         aim = self.rows[0][layer] - self.row_dual[0][layer]
         self.within[layer] = self._maps.within(layer, target, self.slots, aim)
 
@@ -132,6 +148,18 @@ class ChainSDP:
         moved = self._block(link) + self.cone_dual[link]
         self.cone[link] = self._parts[link].of(moved)
         self.cone_dual[link] = moved - self.cone[link]
+
+    def _meet_triangles(self, link: int) -> Floats:
+        return self.triangles[link].update(self._block(link), self.rho)
+
+    def _price(self, weights: list[Floats]) -> None:
+        """Charge what the triangles' multipliers cost: in the gains of pairs and of experts of one layer."""
+        e = self.experts
+        self.triangle_gain = np.zeros_like(self.triangle_gain)
+        for link, block in enumerate(weights):
+            self.triangle_gain[link] -= block[:e, :e]
+            self.triangle_gain[link + 1] -= block[e:, e:]
+        self.gain = self.pairs_gain - 2 * np.stack([block[:e, e:] for block in weights])
 
     def _meet_box(self, layer: int) -> None:
         moved = self.within[layer] + self.within_dual[layer]
@@ -246,9 +274,14 @@ class _Maps:
 
 
 def bounds(sdp: ChainSDP, steps: int, every: int, stop: Callable[[], bool]) -> Iterator[tuple[int, float]]:
-    """Iterate, and yield the steps taken and the best bound so far after every ``every`` of them."""
+    """Iterate, and yield the steps taken and the best bound so far after every ``every`` of them.
+
+    Triangle inequalities are added at these times once the first steps are taken.
+    """
     taken, best = 0, np.inf
     while taken < steps and not stop():
+        if taken >= SETTLED:
+            sdp.separate()
         done = sdp.iterate(min(every, steps - taken), stop)
         taken += done
         if done:

@@ -42,7 +42,7 @@ SHARE_OF_TIME = 0.6  # of a time limit that the search may take
 KICKS = 100
 SDP_WORK = 1.2e12  # multiplications of eigenvectors, at work 1
 MOST_STEPS, LEAST_STEPS, EVALUATIONS = 400, 10, 8
-STALLED = 2e-5  # of all pairs, between two evaluations
+STALLED = 2e-5  # of all pairs, between two evaluations; twice ends the bounding
 SLACKS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, math.inf)  # of the busiest GPU's work, above the balanced one's
 SCAN = 0.08  # work of the search under each
 TRIES = 300  # exchanges of ranks on direct networks
@@ -249,13 +249,14 @@ class _Run:
         if problem.load_cap is not None:
             cap = problem.load_cap * self.problem.stats.load.sum(axis=1) / groups
         sdp = ChainSDP(self.pairs, problem.stats.load, cap, groups, threads=self.limits.threads)
-        before = best
+        before, stalled = best, 0
         for taken, most in bounds(sdp, steps, max(5, steps // EVALUATIONS), lambda: self.clock.over):
             best = max(best, 1 - most / self.total)
             self.report.progress(taken, steps, f"bounding: at least {best:.4f} of pairs cross")
             if best >= value or (relative_gap(value, best) or 0.0) <= self.limits.gap:
                 break
-            if taken > steps // 2 and best - before < STALLED:
+            stalled = stalled + 1 if best - before < STALLED else 0
+            if taken > steps // 2 and stalled > 1:
                 break
             before = best
         return best
