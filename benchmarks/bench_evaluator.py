@@ -14,7 +14,8 @@ import sys, time
 import numpy as np
 from benchmarks.instances import make_trace
 from moeplace.batches import BatchLaw
-from moeplace.execution import Execution, Steps
+from moeplace.batches import Steps
+from moeplace.execution import Execution
 from moeplace.model import load_model
 from moeplace.placement import Placement
 from moeplace.problem import slots_for

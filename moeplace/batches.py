@@ -95,6 +95,30 @@ class BatchLaw:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """Routed tokens of many steps, ready to be placed.
+
+    Attributes
+    ----------
+    trace
+        The distinct tokens.
+    rows
+        ``[batch, step token]`` row of each token in ``trace``, in the order of the law's turns.
+    law
+        The law they were drawn by.
+    """
+
+    trace: Trace
+    rows: npt.NDArray[np.int64]
+    law: BatchLaw
+
+    @property
+    def num_batches(self) -> int:
+        """Number of steps."""
+        return int(self.rows.shape[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenIndex:
     """Where the tokens of each request stand in a stream, per phase, without their expert ids.
 

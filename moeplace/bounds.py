@@ -6,16 +6,19 @@ of the terms' bounds. Each is tested against exact optima on small instances.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from moeplace.batches import Steps
 from moeplace.chains.duals import matching_bound, spectral_bound
 from moeplace.compute import ExpertCompute
 from moeplace.frozen import Floats, Ints
-from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Traffic, exchange
+from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Traffic, exchange, latency_us
 from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, LOAD, NODE, Problem
+from moeplace.tails import MEAN, risk_value
 from moeplace.topology import CUSTOM, num_links_per_gpu
+from moeplace.trace import Counts
 
 SPECTRA = 128  # most experts for which spectra are quick
 
@@ -128,6 +131,8 @@ def objective_bound(problem: Problem) -> float:
     * ``copies``: a token's ``k`` distinct experts need at least ``⌈k/S⌉`` GPUs of ``S`` slots;
     * ``cross``: :func:`cross_bound`.
     """
+    if problem.is_sampled:
+        return sampled_bound(problem)
     if problem.objective == LOAD:
         return float(load_floor(problem).mean())
     if problem.objective == CROSS:
@@ -137,6 +142,72 @@ def objective_bound(problem: Problem) -> float:
         whole = problem.num_layers if problem.whole_model else 1
         return float(max(1, -(-problem.stats.meta.top_k // (slots * whole))))
     return step_time_bound(problem)
+
+
+def sampled_bound(problem: Problem) -> float:
+    """Lower bound on the risk of a sampled problem; it certifies the sample, not the trace.
+
+    In every step of every layer the busiest GPU does at least the mean of all and at least the hottest expert's rows
+    shared by as many copies as there can be. Their sum over layers is a floor of every step, and the risk of the floors
+    is one of the risk. For the mean, the busiest GPU of a layer also has on average at least what the busiest of the
+    mean step has. Communication is bounded by its latency. Complexity: O(batches · layers · experts).
+    """
+    steps = problem.steps
+    if isinstance(steps, Counts):
+        rows = np.moveaxis(steps.counts, 0, 2).astype(np.float64)
+    elif steps is not None:
+        rows = np.stack(list(_rows(problem, steps)))
+    else:
+        raise ValueError("the problem has no steps")
+    usable = int((problem.slots_per_gpu > 0).sum())
+    most = min(usable, problem.num_slots - problem.num_experts + 1)
+    if problem.whole_model:
+        most = usable
+    if problem.objective == LOAD:
+        mean = np.maximum(rows.sum(axis=1) / problem.num_gpus, 1e-300)
+        floors = np.maximum(rows.max(axis=1) / most / mean, problem.num_gpus / usable)
+        floors[rows.sum(axis=1) == 0] = 1.0
+        total = floors.mean(axis=0)
+        if problem.risk == MEAN and not problem.whole_model:
+            ratio = (rows / mean[:, None]).sum(axis=2)  # a step without rows of a layer counts 1 and adds nothing here
+            idle = (rows.sum(axis=1) == 0).sum(axis=1)
+            layer = np.maximum(floors.mean(axis=1), (_mean_floor(ratio, problem) + idle) / rows.shape[2])
+            return float(layer.mean())
+        return risk_value(total, problem.risk)
+    return risk_value(_time_floors(problem, rows, usable, most), problem.risk)
+
+
+def _rows(problem: Problem, steps: Steps) -> Iterator[Floats]:
+    batch = np.arange(steps.num_batches)[:, None, None] * problem.num_experts
+    for layer in range(problem.num_layers):
+        chosen = (batch + steps.trace.experts[:, layer][steps.rows]).ravel()
+        counted = np.bincount(chosen, minlength=steps.num_batches * problem.num_experts)
+        yield counted.reshape(steps.num_batches, problem.num_experts).T.astype(np.float64)
+
+
+def _mean_floor(load: Floats, problem: Problem) -> Floats:
+    """``[layer]`` least load of the busiest GPU for ``load`` [layer, expert] that need not be whole numbers."""
+    room = problem.slots_per_gpu[problem.slots_per_gpu > 0]
+    spare = problem.num_slots - problem.num_experts
+    floor = np.maximum(load.sum(axis=1) / len(room), hottest_copy(load, spare, len(room)))
+    return floor if spare else np.maximum(floor, crowding_floor(load, room))
+
+
+def _time_floors(problem: Problem, rows: Floats, usable: int, most: int) -> Floats:
+    """``[batch]`` least time of every step: compute of the busiest GPU, layer by layer, and latencies."""
+    compute = ExpertCompute.of(problem.model, problem.topology.accelerator, problem.law.phase)
+    speed = problem.topology.gpu_speed
+    fastest, together = (1.0, float(usable)) if speed is None else (float(speed.max()), float(speed.sum()))
+    memory = (rows > 0).sum(axis=1) * compute.weight_us
+    tiles = np.ceil(rows / compute.tile_rows)
+    even = np.maximum(memory, tiles.sum(axis=1) * compute.tile_rows * compute.row_us) / together
+    hot = np.ceil(rows.max(axis=1) / most / compute.tile_rows) * compute.tile_rows * compute.row_us / fastest
+    busiest = (compute.launch_us / fastest + np.maximum(even, hot)).sum(axis=0)
+    kernel = KERNEL_OF_PHASE[problem.law.phase] if problem.stats.has_tokens else LOW_LATENCY
+    exchanges = problem.num_layers - 1 if problem.dataflow == CONTEXT_COHERENT else 2 * problem.num_layers
+    kernel = LOW_LATENCY if problem.dataflow == CONTEXT_COHERENT else kernel
+    floors: Floats = busiest + exchanges * latency_us(problem.topology, kernel)
+    return floors
 
 
 def step_time_bound(problem: Problem, crossing: Mapping[str, float] | None = None) -> float:

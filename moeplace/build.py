@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moeplace.affinity import RoutingStats, count_routing
-from moeplace.batches import DEFAULT_PREFILL_TOKENS, DEFAULT_REQUESTS, MIXED, UNIFORM, BatchLaw
+from moeplace.batches import DEFAULT_PREFILL_TOKENS, DEFAULT_REQUESTS, MIXED, UNIFORM, BatchLaw, Steps, TokenIndex
 from moeplace.calibration import calibrate, read_compute_table
 from moeplace.checks import Finding, check_stats, identical_start
 from moeplace.errors import InputError, ProblemError, UnknownNameError, unknown_name
@@ -20,15 +20,18 @@ from moeplace.packing.eplb import balance_global
 from moeplace.placement import Placement
 from moeplace.presets import is_path
 from moeplace.problem import DISPATCH_COMBINE, STEP_TIME, Problem, slots_for
-from moeplace.scoring import law_for
+from moeplace.scoring import draw_steps, law_for
+from moeplace.tails import MEAN
 from moeplace.topology import Topology, load_topology
 from moeplace.trace import DECODE, PHASES, PREFILL, Counts, TraceMeta, TraceStream
 
 SHOWN_DOMAINS = 12
 DEFAULT_GPUS = 8
-RISKS = ("mean", "p95", "p99", "cvar95")
 WIRE_BYTES = {"fp8": 1, "bf16": 2}
 UNKNOWN_MODEL = "unknown model"
+
+
+RISK_BATCHES = 1000  # steps that a tail is fitted to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,8 @@ class Choices:
         A number, or ``eplb`` for the maximum of EPLB's global policy in each layer.
     phase, batch_requests, batch_tokens, batch_prefill_requests, batch_prefill_tokens, arrival
         The batch law.
+    batches
+        Steps to draw for a risk; given with the mean, the mean over them is minimised, not the mean step.
     baseline
         The placement now deployed.
     """
@@ -70,7 +75,7 @@ class Choices:
     slots_per_gpu: int | None = None
     dataflow: str = DISPATCH_COMBINE
     objective: str = STEP_TIME
-    risk: str = "mean"
+    risk: str = MEAN
     copies_level: str = "gpu"
     whole_model: bool = False
     load_cap: str | float | None = None
@@ -79,6 +84,7 @@ class Choices:
     batch_tokens: int | None = None
     batch_prefill_requests: int | None = None
     batch_prefill_tokens: int | None = None
+    batches: int | None = None
     arrival: str | None = None
     baseline: Placement | None = None
 
@@ -115,14 +121,6 @@ def build_problem(
     if choices is not None and more:
         raise TypeError("give either choices or its fields as keywords, not both")
     choices = choices or Choices(**more)
-    if choices.risk != "mean":
-        raise ProblemError(
-            f"risk {choices.risk!r}",
-            rule="placements are fitted to the mean step so far"
-            if choices.risk in RISKS
-            else f"one of {', '.join(RISKS)}",
-            hint="leave --risk out; moeplace score shows the tail of every placement",
-        )
     check_law(source, requests=choices.batch_requests, tokens=choices.batch_tokens)
     model = sent_as(model_for(source.meta, choices.model), choices)
     stats = count_routing(source, threads=threads) if stats is None else stats
@@ -130,28 +128,39 @@ def build_problem(
     slots = slots_for(
         stats.meta.num_experts, topology.num_gpus, redundant=choices.redundant, per_gpu=choices.slots_per_gpu
     )
+    law = law_for(
+        source,
+        topology.num_gpus,
+        phase=choices.phase,
+        requests=choices.batch_requests,
+        tokens=choices.batch_tokens,
+        prefill_requests=choices.batch_prefill_requests,
+        prefill_tokens=choices.batch_prefill_tokens,
+        arrival=choices.arrival,
+        batches=choices.batches or (None if choices.risk == MEAN else RISK_BATCHES),
+    )
     return Problem(
         stats=stats,
         model=model,
         topology=topology,
         slots_per_gpu=slots,
-        law=law_for(
-            source,
-            topology.num_gpus,
-            phase=choices.phase,
-            requests=choices.batch_requests,
-            tokens=choices.batch_tokens,
-            prefill_requests=choices.batch_prefill_requests,
-            prefill_tokens=choices.batch_prefill_tokens,
-            arrival=choices.arrival,
-        ),
+        law=law,
         dataflow=choices.dataflow,
         objective=choices.objective,
         copies_level=choices.copies_level,
         load_cap=cap_for(choices.load_cap, stats, slots),
         whole_model=choices.whole_model,
+        steps=_steps(source, law, choices),
+        risk=choices.risk,
         baseline=choices.baseline,
     )
+
+
+def _steps(source: TraceStream | Counts, law: BatchLaw, choices: Choices) -> Steps | Counts | None:
+    """Draw the steps a risk is taken over; None where the mean step will do."""
+    if choices.risk == MEAN and choices.batches is None:
+        return None
+    return source if isinstance(source, Counts) else draw_steps(source, TokenIndex.of(source), law)
 
 
 def check_law(source: TraceStream | Counts, **given: int | None) -> None:

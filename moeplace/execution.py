@@ -6,16 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeplace.batches import BatchLaw
+from moeplace.batches import BatchLaw, Steps
 from moeplace.errors import InputError, ProblemError, unknown_name
 from moeplace.fingerprint import hashed
 from moeplace.frozen import Ints, replaced
-from moeplace.objective import home_ranks
 from moeplace.overlap import MICRO_BATCHES, NONE, OVERLAPS, PING_PONG
 from moeplace.problem import CONTEXT_COHERENT, DATAFLOWS, DISPATCH_COMBINE
 from moeplace.routing import EVEN, LP, POLICIES
 from moeplace.trace import Trace
-from moeplace.traffic import StepTokens
+from moeplace.traffic import StepTokens, home_ranks
 
 AUTO_HOMES, TURN, RECORDED, RANDOM = "auto", "turn", "recorded", "random"
 HOMES = (AUTO_HOMES, TURN, RECORDED, RANDOM)
@@ -74,30 +73,6 @@ class Execution:
     def replace(self, **changes: object) -> Execution:
         """Copy with some fields changed."""
         return replaced(self, **changes)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Steps:
-    """Routed tokens of many steps, ready to be placed.
-
-    Attributes
-    ----------
-    trace
-        The distinct tokens.
-    rows
-        ``[batch, step token]`` row of each token in ``trace``, in the order of the law's turns.
-    law
-        The law they were drawn by.
-    """
-
-    trace: Trace
-    rows: Ints
-    law: BatchLaw
-
-    @property
-    def num_batches(self) -> int:
-        """Number of steps."""
-        return int(self.rows.shape[0])
 
 
 def step_tokens(steps: Steps, gpus: int, execution: Execution) -> StepTokens:

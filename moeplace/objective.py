@@ -8,7 +8,8 @@ Solvers minimise it for the *mean step*: each expert gets a Poisson number of ro
 are those the trace records or spread evenly, and copies share evenly. Every copy then adds a fixed number of µs to its
 GPU's compute and of copies to its traffic, so the cost is linear in the placement up to the maximum over GPUs and
 ports. The evaluator (:mod:`moeplace.simulate`) applies the same constants and the same port model to steps drawn from a
-trace, where the busiest GPU changes from step to step: its mean is usually the higher one.
+trace, where the busiest GPU changes from step to step: its mean is usually the higher one. A problem that holds such
+steps is minimised for them: the risk (mean, p95, p99, CVaR95) of what the evaluator says of each.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplace.compute import ExpertCompute
-from moeplace.errors import TopologyError
+from moeplace.errors import ProblemError, TopologyError
+from moeplace.execution import Execution
 from moeplace.frozen import Floats
 from moeplace.metrics import cross_shares, max_over_mean, token_metrics, traffic_metrics
 from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, NORMAL, Exchange, Traffic, exchange
 from moeplace.placement import Placement
 from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, DISPATCH_COMBINE, GPU, LOAD, STEP_TIME, Problem
 from moeplace.routing import Router
-from moeplace.traffic import dispatch_traffic
+from moeplace.simulate import simulate, simulate_counts
+from moeplace.tails import risk_value
+from moeplace.trace import Counts
+from moeplace.traffic import dispatch_traffic, home_ranks
 
 UNITS = {STEP_TIME: "µs", LOAD: "max/mean", COPIES: "copies/token", CROSS: "share of pairs"}
 
@@ -60,6 +65,8 @@ def objective_value(problem: Problem, placement: Placement) -> float:
 
     Complexity: O(layers · GPUs · experts), and O(sampled tokens · layers · k) for ``copies``.
     """
+    if problem.is_sampled:
+        return risk_value(step_values(problem, placement), problem.risk)
     if problem.objective == STEP_TIME:
         return mean_step_times(problem, placement).total
     if problem.objective == LOAD:
@@ -71,6 +78,21 @@ def objective_value(problem: Problem, placement: Placement) -> float:
         return float("nan")
     copies = token_metrics(problem.stats.sample, placement, problem.topology)
     return copies[0] if problem.copies_level == GPU else copies[1]
+
+
+def step_values(problem: Problem, placement: Placement) -> Floats:
+    """``[batch]`` objective of every step of a sampled problem: µs, or max/mean GPU load averaged over layers.
+
+    What the evaluator gives for the same steps. Complexity: O(batches · tokens · layers · k).
+    """
+    steps, model, topology = problem.steps, problem.model, problem.topology
+    if steps is None:
+        raise ProblemError("the problem has no steps", rule="a risk is taken over sampled steps")
+    if isinstance(steps, Counts):
+        run = simulate_counts(steps, placement, topology, model, phase=problem.law.phase)
+    else:
+        run = simulate(steps, placement, topology, model, Execution(dataflow=problem.dataflow))
+    return run.step_us if problem.objective == STEP_TIME else run.step_max_over_mean
 
 
 def terms(problem: Problem, placement: Placement) -> Mapping[str, Term]:
@@ -168,15 +190,6 @@ def _sampled_dispatch(problem: Problem, placement: Placement) -> Traffic:
     return Traffic(
         copies=np.concatenate([layer.copies for layer in layers]) * scale, node_copies=np.concatenate(nodes) * scale
     )
-
-
-def home_ranks(
-    recorded: npt.NDArray[np.int64] | None, turn: npt.NDArray[np.int64], num_gpus: int
-) -> npt.NDArray[np.int64]:
-    """``[token]`` home rank: the recorded one where every rank exists, otherwise dealt in turn."""
-    if recorded is not None and recorded.size and recorded.min() >= 0 and recorded.max() < num_gpus:
-        return recorded
-    return turn % num_gpus
 
 
 def mean_chain_traffic(problem: Problem, placement: Placement) -> Traffic:

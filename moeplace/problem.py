@@ -9,12 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplace.affinity import RoutingStats
-from moeplace.batches import BatchLaw
+from moeplace.batches import BatchLaw, Steps
 from moeplace.errors import ProblemError
 from moeplace.frozen import digest, frozen_array, replaced, seal
 from moeplace.model import ModelSpec
 from moeplace.placement import Placement, spread_slots
+from moeplace.tails import MEAN, RISKS
 from moeplace.topology import Topology
+from moeplace.trace import Counts
 
 DISPATCH_COMBINE, CONTEXT_COHERENT = "dispatch-combine", "context-coherent"
 DATAFLOWS = (DISPATCH_COMBINE, CONTEXT_COHERENT)
@@ -47,6 +49,9 @@ class Problem:
         ``[layer]`` hard cap on max/mean GPU load, or None.
     whole_model
         Slots are counted over all layers together, as MoETuner's memory constraint does, not in each layer.
+    steps, risk
+        Steps drawn from the fit part, or recorded counts; ``load`` and ``step-time`` are then the risk (one of
+        :data:`~moeplace.tails.RISKS`) of their values. Without steps they are those of the mean step.
     start, baseline
         A placement to start from, and the one now deployed; both optional.
 
@@ -66,6 +71,8 @@ class Problem:
     copies_level: str = GPU
     load_cap: npt.NDArray[np.float64] | None = None
     whole_model: bool = False
+    steps: Steps | Counts | None = None
+    risk: str = MEAN
     start: Placement | None = None
     baseline: Placement | None = None
 
@@ -85,9 +92,13 @@ class Problem:
             (self.dataflow, DATAFLOWS, "dataflow"),
             (self.objective, OBJECTIVES, "objective"),
             (self.copies_level, COPIES_LEVELS, "copies level"),
+            (self.risk, RISKS, "risk"),
         ):
             if value not in known:
                 raise ProblemError(f"{what} {value!r}", rule=f"one of {', '.join(known)}")
+        if self.risk != MEAN and (self.steps is None or self.objective not in (STEP_TIME, LOAD)):
+            what = "without steps" if self.steps is None else f"of {self.objective}"
+            raise ProblemError(f"risk {self.risk} {what}", rule="step time and load of sampled steps have a tail")
         needs_tokens = self.objective in (COPIES, CROSS) or (
             self.objective == STEP_TIME and self.dataflow == CONTEXT_COHERENT
         )
@@ -142,6 +153,11 @@ class Problem:
                 rule=f"{self.topology.accelerator.name} has {room / 1e9:g} GB",
                 hint="fewer slots per GPU, more GPUs, or another --accelerator",
             )
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the objective is the risk over steps."""
+        return self.steps is not None and self.objective in (STEP_TIME, LOAD)
 
     @property
     def num_layers(self) -> int:

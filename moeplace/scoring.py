@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from moeplace.affinity import RoutingStats, count_routing
-from moeplace.batches import MIXED, BatchLaw, TokenIndex, default_law, draw, gather
+from moeplace.batches import MIXED, BatchLaw, Steps, TokenIndex, default_law, draw, gather
 from moeplace.errors import InputError
-from moeplace.execution import Execution, Steps
+from moeplace.execution import Execution
 from moeplace.frozen import Floats, Ints
 from moeplace.metrics import TrafficMetrics, max_over_mean, traffic_metrics
 from moeplace.model import ModelSpec
@@ -20,7 +20,7 @@ from moeplace.placement import Placement
 from moeplace.problem import DISPATCH_COMBINE
 from moeplace.routing import Router
 from moeplace.simulate import Simulation, check_shapes, simulate, simulate_counts
-from moeplace.tails import Estimate
+from moeplace.tails import Estimate, summarise
 from moeplace.topology import Topology
 from moeplace.trace import Counts, TraceStream
 
@@ -92,6 +92,9 @@ class Score:
                 "max_over_mean_worst": _round(ratio.max()),
                 "balancedness": _round((1 / ratio).mean()),
                 "step_max_over_mean_mean": _round(self.step_max_over_mean),
+                "step_max_over_mean": {
+                    name: _estimate(value) for name, value in summarise(run.step_max_over_mean).items()
+                },
                 "step_excess_over_noise_floor": _round(self.excess),
             },
             "traffic": {name: _round(getattr(self.traffic, name)) for name in self.traffic.__slots__},

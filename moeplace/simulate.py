@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplace.attention import AttentionTime
+from moeplace.batches import Steps
 from moeplace.compute import ExpertCompute
 from moeplace.errors import ProblemError
-from moeplace.execution import Execution, Steps, step_tokens
+from moeplace.execution import Execution, step_tokens
 from moeplace.frozen import Floats
 from moeplace.model import ModelSpec
 from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Exchange, Traffic, exchange
@@ -49,8 +50,8 @@ class Simulation:
 
     Attributes
     ----------
-    step_us
-        ``[batch]`` time of each step.
+    step_us, step_max_over_mean
+        ``[batch]`` time of each step, and its GPU load max/mean, mean over layers.
     summary
         mean, p50, p95, p99, cvar95, each with an interval.
     attention_us
@@ -66,6 +67,7 @@ class Simulation:
     """
 
     step_us: Floats
+    step_max_over_mean: Floats
     summary: Mapping[str, Estimate]
     attention_us: float
     layers: tuple[LayerRow, ...]
@@ -131,6 +133,7 @@ class _Tally:
     def __init__(self, steps: int, parts: int, topology: Topology, model: ModelSpec) -> None:
         self._topology, self._model, self._shape = topology, model, (steps, parts)
         self._layers: list[LayerRow] = []
+        self._ratio = np.zeros(steps)
         self._times: list[tuple[Floats, Floats, Floats]] = []
         self._busy_us: dict[str, Floats] = {}
         self._exchange_us = 0.0
@@ -167,6 +170,7 @@ class _Tally:
         mean = load.mean(axis=1)
         # a recorded step may hold no token of a layer: nothing is out of balance then
         ratio = np.divide(load.max(axis=1), mean, out=np.ones(len(load)), where=mean > 0)
+        self._ratio += ratio
         self._layers.append(
             LayerRow(
                 layer_id=layer_id,
@@ -191,6 +195,7 @@ class _Tally:
         ranked = sorted(self._bottlenecks.items(), key=lambda item: (-item[1], item[0]))
         return Simulation(
             step_us=step_us,
+            step_max_over_mean=self._ratio / max(1, len(self._layers)),
             summary=summarise(step_us),
             attention_us=len(self._layers) * float(attention.sum(axis=1).mean()),
             layers=tuple(self._layers),

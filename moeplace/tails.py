@@ -12,6 +12,9 @@ from moeplace.frozen import Floats
 QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 TAIL = 0.95
 CONFIDENCE = 0.95
+MEAN = "mean"
+CVAR = "cvar95"
+RISKS = (MEAN, "p95", "p99", CVAR)
 RESAMPLES = 400
 
 
@@ -53,6 +56,18 @@ def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     if len(estimates) == 1:
         return estimates[0]
     return _mean(np.array([estimate.value for estimate in estimates]))
+
+
+def risk_value(sample: Floats, risk: str) -> float:
+    """Value of one of :data:`RISKS` on a sample: its mean, an order statistic, or the mean of its worst 5 %.
+
+    None falls when a value of the sample rises, so a floor of every value gives a floor of each.
+    """
+    if risk == MEAN:
+        return float(sample.mean())
+    if risk in QUANTILES:
+        return quantile(np.sort(sample), QUANTILES[risk]).value
+    return cvar(sample)
 
 
 def quantile(ordered: Floats, share: float) -> Estimate:

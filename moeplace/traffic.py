@@ -94,6 +94,15 @@ def slots_of(ids: npt.NDArray[Any], tokens: StepTokens, router: Router, layer: i
     return router.choose(layer, ids[tokens.row], tokens.row, tokens.home)
 
 
+def home_ranks(
+    recorded: npt.NDArray[np.int64] | None, turn: npt.NDArray[np.int64], num_gpus: int
+) -> npt.NDArray[np.int64]:
+    """``[token]`` home rank: the recorded one where every rank exists, otherwise dealt in turn."""
+    if recorded is not None and recorded.size and recorded.min() >= 0 and recorded.max() < num_gpus:
+        return recorded
+    return turn % num_gpus
+
+
 def dispatch_traffic(
     gpu: npt.NDArray[Any], home: Ints, group: tuple[Ints, int], topology: Topology, kernel: str
 ) -> Traffic:

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import make_trace
 
-from moeplace.batches import BatchLaw, TokenIndex
+from moeplace.batches import BatchLaw, Steps, TokenIndex
 from moeplace.errors import InputError
-from moeplace.execution import Execution, Steps, step_tokens
+from moeplace.execution import Execution, step_tokens
 from moeplace.scoring import draw_steps
 from moeplace.trace import Trace
 

@@ -23,13 +23,14 @@ from moeplace.affinity import count_routing
 from moeplace.batches import BatchLaw, TokenIndex
 from moeplace.compute import ExpertCompute
 from moeplace.metrics import cross_shares, token_metrics
-from moeplace.objective import UNITS, home_ranks, mean_step_times, objective_value, terms
+from moeplace.objective import UNITS, mean_step_times, objective_value, terms
 from moeplace.placement import Placement
 from moeplace.problem import DATAFLOWS, OBJECTIVES, Problem
 from moeplace.scoring import draw_steps
 from moeplace.simulate import simulate
 from moeplace.topology import load_topology
 from moeplace.trace import Counts, Trace, TraceMeta
+from moeplace.traffic import home_ranks
 
 TWO_BY_TWO = slow_topology("scale-out:2x2")
 

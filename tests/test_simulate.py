@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from strategies import make_trace, random_placement, relabel_experts, relabel_placement, slow_topology, small_model
 
 from moeplace.attention import AttentionTime
-from moeplace.batches import BatchLaw, TokenIndex
+from moeplace.batches import BatchLaw, Steps, TokenIndex
 from moeplace.compute import ExpertCompute
 from moeplace.errors import ProblemError, UnknownNameError
-from moeplace.execution import Execution, Steps
+from moeplace.execution import Execution
 from moeplace.hardware import load_accelerator
 from moeplace.model import ModelSpec, load_model
 from moeplace.placement import EMPTY, Placement

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -41,6 +42,7 @@ Examples:
   moeplace solve trace.npz -t scale-out:2x4 --solver moetuner --time-limit 2m
   moeplace solve trace.npz --baseline old.json --require 5% -o new.json
   moeplace solve trace.npz -t scale-out:2x4 --dataflow context-coherent --pareto -o best.json
+  moeplace solve trace.npz --risk p99 --batch-requests 32 --fit half:0 -o steady.json
   zcat trace.jsonl.gz | moeplace solve - --objective load > placement.json
 """
 
@@ -53,7 +55,10 @@ Examples:
     "--risk",
     type=click.Choice(["mean", "p95", "p99", "cvar95"]),
     default="mean",
-    help="What of the step time to minimise; only the mean so far.",
+    help="What to minimise of step time or load: over steps drawn from the trace, unless it is the mean.",
+)
+@option(
+    "--batches", type=Whole(4), help="Steps to draw for --risk [default: 1000]; with mean, their mean is minimised."
 )
 @option(
     "--solver",
@@ -117,10 +122,10 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
     log = SolveLog(shown=not quiet and (options["verbose"] or sys.stderr.isatty()))
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(atomic_output(target)) if target and not options["dry_run"] else None
-        choices = choices_of(options)
+        choices = replace(choices_of(options), batches=options["batches"])
         log.stage("reading", trace)
         source = open_source(trace, options, split=fit)
-        check_law(source, requests=choices.batch_requests, tokens=choices.batch_tokens)
+        check_law(source, requests=choices.batch_requests, tokens=choices.batch_tokens, batches=choices.batches)
         stats, doubts = count_and_doubt(source, threads=options["threads"])
         problem = build_problem(source, choices, stats=stats)
         said, noted = assumptions(problem, choices), trace_warnings(source, problem, doubts)

@@ -95,6 +95,9 @@ def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
         return (Candidate("linear"), Candidate("exact")), f"{few:,} ways to divide a layer: few enough for a proof"
     if problem.objective == CROSS and not problem.whole_model:
         return (Candidate("linear"), Candidate("search")), "traffic between GPUs: annealed, and bounded"
+    if problem.is_sampled and not problem.whole_model:
+        tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance"), Candidate("saa")]
+        return tuple(tried), f"{problem.risk} over steps drawn from the trace"
     if problem.objective == STEP_TIME and problem.dataflow == CONTEXT_COHERENT and not problem.whole_model:
         tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance"), Candidate("search")]
         return tuple(tried), "tokens move between experts: work of GPUs and traffic weighed against each other"

@@ -1,0 +1,188 @@
+"""Placements improved on sampled steps: layer by layer for the mean, all layers together for the tail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeplace.frozen import Floats, Ints
+from moeplace.placement import EMPTY, Placement
+from moeplace.sampled.kernel import compiled_mean, compiled_tail, descend_and_kick, descend_tail
+from moeplace.sampled.tables import StepTables, layer_times
+
+COMPILE_FROM = 2_000_000  # swaps times steps
+REPLICA_KICKS = 0.25  # of all kicks, where slots are spare
+TAIL = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """What a search may do, and what it keeps.
+
+    Attributes
+    ----------
+    load, cap
+        ``[layer, expert]`` mean loads and ``[layer]`` most load of a GPU (infinite without a cap).
+    room
+        ``[GPU]`` slots.
+    kicks, budget
+        Kicks of each layer and swaps it may judge.
+    seed, threads
+        Of the kicks; threads do not change the result.
+    stop
+        Asked between layers.
+    """
+
+    load: Floats
+    cap: Floats
+    room: Ints
+    kicks: int
+    budget: int
+    seed: int
+    threads: int
+    stop: Callable[[], bool]
+
+
+class _Layer:
+    """One layer's slots as items: the expert of each (-1 for none) and its GPU."""
+
+    def __init__(self, slots: Ints, room: Ints, tables: StepTables, layer: int, load: Floats) -> None:
+        self.tables, self.layer, self.load = tables, layer, load
+        self.where = np.repeat(np.arange(len(room)), room)
+        self.expert = np.full(len(self.where), EMPTY, np.int64)
+        first = np.cumsum(room) - room
+        for g, row in enumerate(slots):
+            held = row[row != EMPTY]
+            self.expert[first[g] : first[g] + len(held)] = held
+        self.gpus = len(room)
+
+    @property
+    def copies(self) -> Ints:
+        """``[expert]`` copies."""
+        return np.bincount(self.expert[self.expert >= 0], minlength=len(self.load))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, Floats, Floats]:
+        """``work``, ``usage``, ``load`` of items and ``busy`` of GPUs, as the kernels take them."""
+        copies = self.copies
+        work = self.tables.work(self.layer, self.expert, copies)
+        usage = self.tables.base(self.gpus)
+        np.add.at(usage, self.where, work)
+        load = np.where(self.expert < 0, 0.0, (self.load / np.maximum(copies, 1))[np.maximum(self.expert, 0)])
+        return work, usage, load, np.bincount(self.where, load, self.gpus).astype(np.float64)
+
+    def slots(self, width: int) -> Ints:
+        """``[GPU, slot]`` experts."""
+        slots = np.full((self.gpus, width), EMPTY, np.int64)
+        for g in range(self.gpus):
+            held = self.expert[(self.where == g) & (self.expert >= 0)]
+            slots[g, : len(held)] = np.sort(held)
+        return slots
+
+
+def improve_mean(tables: StepTables, placement: Placement, weights: Floats, search: Search) -> Placement:
+    """Lower the weighted sum over steps of the busiest GPU's time, in every layer by itself.
+
+    Parameters
+    ----------
+    tables
+        What experts add in every step.
+    placement
+        Where to start; the result is never worse.
+    weights
+        ``[batch]`` weights of the steps.
+    search
+        Limits.
+
+    Returns
+    -------
+    Placement
+        Complexity: O(layers · budget · batches).
+    """
+    layers, batches = placement.num_layers, len(weights)
+    many = layers * search.budget * batches >= COMPILE_FROM
+    kernel = compiled_mean() if many else descend_and_kick
+
+    def improve(layer: int) -> Ints:
+        state = _Layer(placement.slots[layer], search.room, tables, layer, search.load[layer])
+        if search.stop():
+            return state.slots(placement.max_slots)
+        word = np.array([(search.seed * 1_000_003 + layer + 1) * 0x9E3779B97F4A7C15 % 2**64 | 1], np.uint64)
+        rng = np.random.default_rng([search.seed, layer])
+        spare = len(state.expert) > len(state.load)
+        rounds = max(1, round(REPLICA_KICKS * search.kicks)) if spare else 0
+        budget = search.budget // (rounds + 1)
+        best = _run(kernel, state, weights, search.cap[layer], search.kicks if not spare else 0, budget, word)
+        for _ in range(rounds):
+            other = _recopied(state, rng)
+            if other is None or search.stop():
+                continue
+            value = _run(kernel, other, weights, search.cap[layer], 0, budget, word)
+            if value < best:
+                state, best = other, value
+        return state.slots(placement.max_slots)
+
+    with np.errstate(over="ignore"), ThreadPoolExecutor(search.threads) as pool:
+        slots = list(pool.map(improve, range(layers)))
+    return Placement(slots=np.stack(slots), num_experts=placement.num_experts)
+
+
+def _run(
+    kernel: Callable[..., float], state: _Layer, weights: Floats, cap: float, kicks: int, budget: int, word: np.ndarray
+) -> float:
+    work, usage, load, busy = state.arrays()
+    top = cap if np.isfinite(cap) else 1e300
+    value = kernel(work, state.where, state.expert, usage, weights, load, busy, top, kicks, budget, word)
+    return value if busy.max() <= top * (1 + 1e-9) else np.inf
+
+
+def _recopied(state: _Layer, rng: np.random.Generator) -> _Layer | None:
+    """Return the layer with one slot passed on: a copy too many, or an empty slot, becomes a copy of another expert."""
+    copies = state.copies
+    given = np.flatnonzero((state.expert < 0) | (copies[np.maximum(state.expert, 0)] > 1))
+    if not len(given):
+        return None
+    item = int(rng.choice(given))
+    chance = state.load / (copies + 1.0)
+    held = state.expert[(state.where == state.where[item])]
+    chance[held[held >= 0]] = 0.0
+    if not chance.sum() > 0:
+        return None
+    other = object.__new__(_Layer)
+    other.tables, other.layer, other.load, other.gpus = state.tables, state.layer, state.load, state.gpus
+    other.where, other.expert = state.where.copy(), state.expert.copy()
+    other.expert[item] = int(rng.choice(len(chance), p=chance / chance.sum()))
+    return other
+
+
+def improve_tail(tables: StepTables, placement: Placement, mix: float, search: Search) -> Placement:
+    """Lower ``(1 - mix)·mean + mix·CVaR95`` of the steps' times, which are sums over layers, by swaps of copies.
+
+    Conditional value at risk as the mean of the worst 5 % (Rockafellar and Uryasev 2002). Complexity: O(budget ·
+    layers · batches).
+    """
+    layers = placement.num_layers
+    states = [_Layer(placement.slots[layer], search.room, tables, layer, search.load[layer]) for layer in range(layers)]
+    parts = [state.arrays() for state in states]
+    work, usage, load, busy = (np.stack(column) for column in zip(*parts, strict=True))
+    where, expert = np.stack([s.where for s in states]), np.stack([s.expert for s in states])
+    times = np.stack([layer_times(one) for one in usage])
+    cap = np.where(np.isfinite(search.cap), search.cap, 1e300)
+    batches = times.shape[1]
+    proposals = search.budget * layers
+    kernel = compiled_tail() if proposals * batches >= COMPILE_FROM else descend_tail
+    count = max(1, round(TAIL * batches))
+    word = np.array([(search.seed * 7_919 + 17) * 0x9E3779B97F4A7C15 % 2**64 | 1], np.uint64)
+    with np.errstate(over="ignore"):
+        turn = max(1, proposals // 20)
+        for _ in range(20):
+            if search.stop():
+                break
+            kernel(work, where, expert, usage, times, load, busy, cap, mix, count, turn, word)
+    slots = []
+    for layer, state in enumerate(states):
+        state.where = where[layer]
+        slots.append(state.slots(placement.max_slots))
+    return Placement(slots=np.stack(slots), num_experts=placement.num_experts)

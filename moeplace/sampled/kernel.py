@@ -1,0 +1,255 @@
+"""Swaps of copies between GPUs, judged on all sampled steps at once.
+
+Of every step the three busiest GPUs are kept, so that the busiest beside two that swap is known at once. The loops are
+compiled where there is enough to do and give the same with or without.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moeplace.counting import compile_kernel
+
+LEAST_GAIN = 1e-7  # of the value
+TOP = 3
+
+
+@functools.cache
+def compiled_mean() -> Callable[..., Any]:
+    """Return the compiled :func:`descend_and_kick`."""
+    return compile_kernel(
+        descend_and_kick, _descend, _forbidden, _change, _swap, _retop, _insert, _group_value, _next, _busiest_beside
+    )
+
+
+@functools.cache
+def compiled_tail() -> Callable[..., Any]:
+    """Return the compiled :func:`descend_tail`."""
+    return compile_kernel(
+        descend_tail, _risk, _forbidden, _new_times, _swap, _retop, _insert, _group_value, _next, _busiest_beside
+    )
+
+
+def descend_and_kick(
+    work: Any, where: Any, expert: Any, usage: Any, weights: Any, load: Any, busy: Any, cap: float, kicks: int,
+    budget: int, word: Any,
+) -> float:  # fmt: skip
+    """Improve one layer's weighted sum of step times: first improvements until none, a kick of a few swaps, and again.
+
+    ``work`` [item, channel, batch] is what items add, ``where`` [item] their GPUs, ``expert`` [item] what they are (two
+    of one expert never share a GPU), ``usage`` [GPU, channel, batch] the sums, ``weights`` [batch]; ``load`` [item]
+    counts against ``cap`` in ``busy`` [GPU]. ``where``, ``usage`` and ``busy`` end in the best state. Returns its value.
+    """
+    items, batches = len(where), len(weights)
+    groups = 1 if usage.shape[1] == 1 else 2
+    top, who = np.zeros((groups, TOP, batches), np.float32), np.zeros((groups, TOP, batches), np.int16)
+    _retop(usage, top, who)
+    value = 0.0
+    for b in range(batches):
+        for group in range(groups):
+            value += weights[b] * top[group, 0, b]
+    left = np.array([budget])
+    value = _descend(work, where, expert, usage, weights, load, busy, cap, top, who, value, left, word)
+    best, best_where, best_usage, best_busy = value, where.copy(), usage.copy(), busy.copy()
+    for _ in range(kicks):
+        if left[0] <= 0:
+            break
+        for _ in range(2 + _next(word) % 3):
+            a, c = _next(word) % items, _next(word) % items
+            if not _forbidden(a, c, where, expert, load, busy, cap):
+                _swap(a, c, work, where, usage, load, busy)
+        _retop(usage, top, who)
+        value = 0.0
+        for b in range(batches):
+            for group in range(groups):
+                value += weights[b] * top[group, 0, b]
+        value = _descend(work, where, expert, usage, weights, load, busy, cap, top, who, value, left, word)
+        if value < best - LEAST_GAIN * best:
+            best = value
+            best_where[:], best_usage[:], best_busy[:] = where, usage, busy
+        else:
+            where[:], usage[:], busy[:] = best_where, best_usage, best_busy
+    return best
+
+
+def _descend(
+    work: Any, where: Any, expert: Any, usage: Any, weights: Any, load: Any, busy: Any, cap: float, top: Any, who: Any,
+    value: float, left: Any, word: Any,
+) -> float:  # fmt: skip
+    """Take the first swap that helps, in an order that begins anywhere, until none of all does."""
+    items = len(where)
+    pairs, idle = items * (items - 1) // 2, 0
+    first, second = _next(word) % items, _next(word) % items
+    while idle < 2 * pairs and left[0] > 0:
+        second += 1
+        if second == items:
+            second, first = 0, (first + 1) % items
+        idle += 1
+        if first >= second or _forbidden(first, second, where, expert, load, busy, cap):
+            continue
+        left[0] -= 1
+        change = _change(first, second, work, where, usage, weights, top, who)
+        if change < -LEAST_GAIN * value:
+            _swap(first, second, work, where, usage, load, busy)
+            _retop(usage, top, who)
+            value += change
+            idle = 0
+    return value
+
+
+def _change(first: int, second: int, work: Any, where: Any, usage: Any, weights: Any, top: Any, who: Any) -> float:
+    """Change of the weighted sum when two items swap."""
+    g, h = where[first], where[second]
+    change = 0.0
+    for group in range(top.shape[0]):
+        for b in range(len(weights)):
+            new = _group_value(first, second, g, h, work, usage, group, b)
+            rest = _busiest_beside(g, h, top, who, group, b)
+            change += weights[b] * (max(new, rest) - top[group, 0, b])
+    return change
+
+
+def _group_value(first: int, second: int, g: int, h: int, work: Any, usage: Any, group: int, b: int) -> float:
+    """Larger value of two GPUs after their swap, in a group of channels."""
+    if usage.shape[1] == 1 or group == 1:
+        channel = 0 if usage.shape[1] == 1 else 2
+        moved = work[second, channel, b] - work[first, channel, b]
+        return max(usage[g, channel, b] + moved, usage[h, channel, b] - moved)
+    moved = work[second, 0, b] - work[first, 0, b]
+    also = work[second, 1, b] - work[first, 1, b]
+    new_g = max(usage[g, 0, b] + moved, usage[g, 1, b] + also)
+    return max(new_g, usage[h, 0, b] - moved, usage[h, 1, b] - also)
+
+
+def _busiest_beside(g: int, h: int, top: Any, who: Any, group: int, b: int) -> float:
+    """Value of the busiest GPU that is neither of two."""
+    for place in range(TOP):
+        if who[group, place, b] != g and who[group, place, b] != h:
+            return float(top[group, place, b])
+    return 0.0
+
+
+def _forbidden(first: int, second: int, where: Any, expert: Any, load: Any, busy: Any, cap: float) -> bool:
+    """Whether a swap changes nothing, puts two copies of one expert together, or breaks the cap."""
+    g, h, e, f = where[first], where[second], expert[first], expert[second]
+    if g == h or e == f:
+        return True
+    moved = load[second] - load[first]
+    if (moved > 0 and busy[g] + moved > cap) or (moved < 0 and busy[h] - moved > cap):
+        return True
+    for other in range(len(where)):
+        if other != first and other != second:
+            if e >= 0 and expert[other] == e and where[other] == h:
+                return True
+            if f >= 0 and expert[other] == f and where[other] == g:
+                return True
+    return False
+
+
+def _swap(first: int, second: int, work: Any, where: Any, usage: Any, load: Any, busy: Any) -> None:
+    """Swap two items."""
+    g, h = where[first], where[second]
+    for channel in range(usage.shape[1]):
+        for b in range(usage.shape[2]):
+            moved = work[second, channel, b] - work[first, channel, b]
+            usage[g, channel, b] += moved
+            usage[h, channel, b] -= moved
+    moved_load = load[second] - load[first]
+    busy[g] += moved_load
+    busy[h] -= moved_load
+    where[first], where[second] = h, g
+
+
+def _retop(usage: Any, top: Any, who: Any) -> None:
+    """Find the busiest three GPUs of every step, in every group of channels."""
+    gpus, channels, batches = usage.shape
+    top[:] = -1.0
+    who[:] = -1
+    for g in range(gpus):
+        for b in range(batches):
+            value = usage[g, 0, b]
+            if channels > 1:
+                value = max(value, usage[g, 1, b])
+                _insert(usage[g, 2, b], g, top, who, 1, b)
+            _insert(value, g, top, who, 0, b)
+    for group in range(top.shape[0]):
+        for place in range(TOP):
+            for b in range(batches):
+                top[group, place, b] = max(top[group, place, b], 0.0)
+
+
+def _insert(value: float, g: int, top: Any, who: Any, group: int, b: int) -> None:
+    """Put a value in its place among the three."""
+    if value <= top[group, TOP - 1, b]:
+        return
+    place = TOP - 1
+    while place > 0 and value > top[group, place - 1, b]:
+        top[group, place, b], who[group, place, b] = top[group, place - 1, b], who[group, place - 1, b]
+        place -= 1
+    top[group, place, b], who[group, place, b] = value, g
+
+
+def _next(word: Any) -> int:
+    """Draw from a xorshift of 64 bits."""
+    x = word[0]
+    x ^= x << np.uint64(13)
+    x ^= x >> np.uint64(7)
+    x ^= x << np.uint64(17)
+    word[0] = x
+    return int(x >> np.uint64(33))
+
+
+def descend_tail(
+    work: Any, where: Any, expert: Any, usage: Any, times: Any, load: Any, busy: Any, cap: Any, mix: float, count: int,
+    proposals: int, word: Any,
+) -> float:  # fmt: skip
+    """Improve ``(1 - mix)·mean + mix·(mean of the worst count steps)`` of the sums over layers by random swaps.
+
+    All arrays have a layer in front; ``times`` [layer, batch] are the layers' times and end as they are in the result.
+    """
+    layers, items = where.shape
+    batches = times.shape[1]
+    groups = 1 if usage.shape[2] == 1 else 2
+    top, who = np.zeros((layers, groups, TOP, batches), np.float32), np.zeros((layers, groups, TOP, batches), np.int16)
+    total = np.zeros(batches)
+    for layer in range(layers):
+        _retop(usage[layer], top[layer], who[layer])
+        total += times[layer]
+    value = _risk(total, mix, count)
+    new = np.zeros(batches)
+    for _ in range(proposals):
+        layer = _next(word) % layers
+        first, second = _next(word) % items, _next(word) % items
+        if _forbidden(first, second, where[layer], expert[layer], load[layer], busy[layer], cap[layer]):
+            continue
+        _new_times(first, second, work[layer], where[layer], usage[layer], (top[layer], who[layer]), new)
+        proposed = total - times[layer] + new
+        now = _risk(proposed, mix, count)
+        if now < value - LEAST_GAIN * value:
+            _swap(first, second, work[layer], where[layer], usage[layer], load[layer], busy[layer])
+            _retop(usage[layer], top[layer], who[layer])
+            times[layer] = new
+            total, value = proposed, now
+    return value
+
+
+def _new_times(first: int, second: int, work: Any, where: Any, usage: Any, busiest: Any, new: Any) -> None:
+    """Times of a layer after two items swap."""
+    top, who = busiest
+    g, h = where[first], where[second]
+    for b in range(len(new)):
+        new[b] = 0.0
+        for group in range(top.shape[0]):
+            value = _group_value(first, second, g, h, work, usage, group, b)
+            new[b] += max(value, _busiest_beside(g, h, top, who, group, b))
+
+
+def _risk(total: Any, mix: float, count: int) -> float:
+    """Mean, and mean of the worst ``count``, mixed."""
+    batches = len(total)
+    ordered = np.partition(total, batches - count)
+    return float((1 - mix) * total.mean() + mix * ordered[batches - count :].mean())
