@@ -135,8 +135,8 @@ def stages_us(
 ) -> list[list[Floats]]:
     """What :func:`exchange` takes the largest of with low-latency kernels.
 
-    Phases of chunks of ``[..., round, link]`` µs. All are linear in ``copies`` [..., GPU, GPU], and ``time - latency = Σ_phase max_chunk Σ_round max_link``: what an
-    integer programme needs to minimise that time.
+    Phases of chunks of ``[..., round, link]`` µs, all linear in ``copies`` [..., GPU, GPU]:
+    ``time - latency = Σ_phase max_chunk Σ_round max_link``. An integer programme minimises that.
     """
     if topology.is_direct:
         us_per_copy = bytes_per_copy * 1e-3 / topology.link_gb_per_s

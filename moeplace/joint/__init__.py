@@ -1,0 +1,11 @@
+"""The joint problem as one integer programme: every copy of every expert of all layers together.
+
+One file per objective adds its sums to the decision (:mod:`moeplace.joint.decision`); for small instances, which are
+solved to proof by any backend of :mod:`moeplace.milp`.
+"""
+
+from __future__ import annotations
+
+from moeplace.joint.run import num_terms, solve_jointly
+
+__all__ = ["num_terms", "solve_jointly"]
