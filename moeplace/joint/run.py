@@ -1,4 +1,4 @@
-"""One solve of the joint programme: its size, its start, its backend, and what the answer proves."""
+"""One solve of one programme: its size, its start, its backend, and what the answer proves."""
 
 from __future__ import annotations
 
@@ -29,27 +29,7 @@ from moeplace.solution import Clock, Limits, Report, Solution, Status, StopReaso
 MAX_TERMS = 1_000_000  # beyond, building the model takes longer than any search in it pays
 LEAST_WORK, MOST_WORK, TERMS_PER_WORK = 1.0, 30.0, 4_000
 KICKS = 100
-MET = 1e-9
-
-
-def solve_jointly(problem: Problem, limits: Limits, report: Report, name: str, backend: Backend) -> Solution:
-    """Solve a problem by one integer programme over all layers.
-
-    Parameters
-    ----------
-    problem, limits, report
-        As for every solver. The default work grows with the model's terms, from 1 to 30.
-    name
-        The solver's name in reports.
-    backend
-        What solves the programme.
-
-    Raises
-    ------
-    ProblemError
-        Times with normal kernels, or too many terms.
-    """
-    return _Run(problem, limits, report, name).solve(backend)
+MET, PROOF = 1e-9, 2e-6
 
 
 def most_copies(problem: Problem) -> int:
@@ -82,8 +62,33 @@ def num_terms(problem: Problem) -> int:
     return terms + cells * (1 if problem.objective != STEP_TIME else 2 + 4 * gpus)
 
 
-class _Run:
-    """One call of :func:`solve_jointly`."""
+def fits(problem: Problem, placement: Placement) -> bool:
+    """Whether a placement keeps the slots and the load cap."""
+    used, room = placement.used_slots(), problem.slots_per_gpu
+    if problem.whole_model:
+        used, room = used.sum(axis=0, keepdims=True), room * problem.num_layers
+    if (used > room).any() or placement.duplicates():
+        return False
+    if problem.load_cap is None:
+        return True
+    return bool((max_over_mean(placement, problem.stats.load) <= problem.load_cap * (1 + MET)).all())
+
+
+class Run:
+    """One programme.
+
+    Parameters
+    ----------
+    problem, limits, report
+        As for every solver. The default work grows with the model's terms, from 1 to 30.
+    name
+        The solver's name in reports.
+
+    Raises
+    ------
+    ProblemError
+        Times with normal kernels, or too many terms.
+    """
 
     def __init__(self, problem: Problem, limits: Limits, report: Report, name: str) -> None:
         self.problem, self.limits, self.report, self.name = problem, limits, report, name
@@ -96,28 +101,26 @@ class _Run:
         self.covers_all = not (spare and problem.objective == COPIES)
         if not self.covers_all:
             self.notes.append("which copy serves a token is no linear model: experts are placed once, and not proved")
-
-    def solve(self, backend: Backend) -> Solution:
-        """Check, start, build, solve."""
-        problem = self.problem
         self._check()
-        start = self._start()
-        value = math.inf if start is None else objective_value(problem, start)
-        if self.clock.over or value <= self.floor * (1 + MET):
-            return self._answer(start, value, self.floor, self.clock.stop_reason())
-        decision, part = self._build(start, value)
+        self.start = self._find_start()
+        self.value = math.inf if self.start is None else objective_value(problem, self.start)
+
+    def solve(self, backend: Backend, most_work: float = MOST_WORK) -> Solution:
+        """Build the programme and solve it, where the start does not meet the floor already."""
+        if self.clock.over or self.value <= self.floor * (1 + MET):
+            return self._answer(self.start, self.value, self.floor, self.clock.stop_reason())
+        decision, part = self._build()
         model = decision.model
         self.report.stage(self.name, f"{model.num_variables:,} variables, {model.num_terms:,} terms")
-        work = min(MOST_WORK, max(LEAST_WORK, model.num_terms / TERMS_PER_WORK)) * self.limits.work
         budget = Budget(
-            work=work,
+            work=min(most_work, max(LEAST_WORK, model.num_terms / TERMS_PER_WORK)) * self.limits.work,
             time_limit_s=self.clock.left_s,
             gap=self.limits.gap,
             seed=self.limits.seed,
             stop=self.limits.stop,
         )
         result = backend(model, budget, lambda found, bound: self._improved(found / part.scale, bound, part))
-        return self._read(decision, part, result, start)
+        return self._read(decision, part, result)
 
     def _check(self) -> None:
         problem = self.problem
@@ -140,47 +143,34 @@ class _Run:
                 hint="fewer layers or GPUs, or another solver, whose bound says how far from the optimum it can be",
             )
 
-    def _start(self) -> Placement | None:
+    def _find_start(self) -> Placement | None:
         """Return the better of the start that was given and a balanced one, of those within the cap."""
         problem = self.problem
         load = problem.stats.load.astype(np.float64)
         given = problem.start
-        if given is not None and self._fits(given):
+        if given is not None and fits(problem, given):
             return given
         alone = slots_without_copies(problem.slots_per_gpu, problem.num_experts)
         balanced = balance_global(load, alone if self.most == 1 else problem.slots_per_gpu)
-        if self._fits(balanced):
+        if fits(problem, balanced):
             return balanced
         floor = load_floor(problem) * load.sum(axis=1) / problem.num_gpus
         room = alone if self.most == 1 else problem.slots_per_gpu
         packed = pack_layers(
             load, balanced, room, floor=floor, kicks=KICKS, seed=self.limits.seed, stop=lambda: self.clock.over
         )
-        return packed if self._fits(packed) else None
+        return packed if fits(problem, packed) else None
 
-    def _fits(self, placement: Placement) -> bool:
-        """Whether a placement keeps the slots and the cap."""
-        problem = self.problem
-        used, room = placement.used_slots(), problem.slots_per_gpu
-        if problem.whole_model:
-            used, room = used.sum(axis=0, keepdims=True), room * problem.num_layers
-        if (used > room).any() or placement.duplicates():
-            return False
-        if problem.load_cap is None:
-            return True
-        ratio = max_over_mean(placement, problem.stats.load)
-        return bool((ratio <= problem.load_cap * (1 + MET)).all())
-
-    def _build(self, start: Placement | None, value: float) -> tuple[Decision, Part]:
+    def _build(self) -> tuple[Decision, Part]:
         """Return the model, its start written into it where it can say it."""
-        problem = self.problem
+        problem, start = self.problem, self.start
         decision = Decision(problem, self.most)
         add_order(decision)
         point = None
         if start is not None:
             start = named(problem, start, self.most)
             point = decision.point(start)
-        part = self._part(decision, point, value)
+        part = self._part(decision, point)
         if self.covers_all and self.floor > 0:
             decision.model.add(part.costs, lower=part.scale * self.floor * (1 - 1e-9))
         decision.model.minimise(part.costs)
@@ -190,10 +180,10 @@ class _Run:
             decision.model.begin_at(whole)
         return decision, part
 
-    def _part(self, decision: Decision, point: Floats | None, value: float) -> Part:
+    def _part(self, decision: Decision, point: Floats | None) -> Part:
         objective = self.problem.objective
         if objective == STEP_TIME:
-            return add_times(decision, point, value)
+            return add_times(decision, point, self.value)
         if objective == CROSS:
             return add_cross(decision)
         return add_copies(decision) if objective == COPIES else add_load(decision)
@@ -204,11 +194,11 @@ class _Run:
             certified = max(self.floor, (bound or 0.0) / part.scale if self.covers_all else 0.0)
             self.report.improved(self.name, value, bound=min(certified, value), unit=UNITS[self.problem.objective])
 
-    def _read(self, decision: Decision, part: Part, result: MilpResult, start: Placement | None) -> Solution:
+    def _read(self, decision: Decision, part: Part, result: MilpResult) -> Solution:
         """Return what the backend's answer says of the problem."""
         problem = self.problem
         found = None if result.values is None else decision.placement(result.values)
-        candidates = [(objective_value(problem, p), p) for p in (found, start) if p is not None]
+        candidates = [(objective_value(problem, p), p) for p in (found, self.start) if p is not None]
         if not candidates:
             return self._nothing(result)
         value, placement = min(candidates, key=lambda entry: entry[0])
@@ -216,8 +206,8 @@ class _Run:
         bound = self.floor
         if self.covers_all and result.bound is not None:
             bound = max(bound, result.bound / part.scale)
-        if proven and value <= bound * (1 + 1e-6):
-            bound = value if value <= bound * (1 + 2e-6) + 1e-12 else bound
+        if proven and value <= bound * (1 + PROOF):
+            bound = value  # a backend proves to this precision
         return self._answer(placement, value, bound, result.stop_reason)
 
     def _answer(self, placement: Placement | None, value: float, bound: float, stop: StopReason) -> Solution:

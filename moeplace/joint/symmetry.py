@@ -71,9 +71,10 @@ def _same_links(busy: Floats, order: Ints) -> bool:
 def add_order(decision: Decision) -> None:
     """Add the rows and bounds that name the GPUs of each class."""
     problem, model = decision.problem, decision.model
+    sets = classes(problem)
     for layer in range(problem.num_layers if by_layer(problem) else 1):
         hottest = np.argsort(-problem.stats.load[layer], kind="stable")
-        for members in classes(problem):
+        for members in sets:
             for i, g in enumerate(members):
                 if decision.most == 1:
                     for v in decision.on[layer, hottest[:i], 0, g].tolist():
