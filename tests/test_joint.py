@@ -94,6 +94,13 @@ def test_the_optimum_is_the_one_of_brute_force(
         assert found.objective == pytest.approx(best, rel=2e-6)
 
 
+@pytest.mark.parametrize(("shape", "seed"), [("ring", 4), ("ring", 28), ("ring", 34), ("ring", 132)])
+def test_no_presolve_step_proves_what_is_not_so(shape: str, seed: int) -> None:
+    """Models on which OR-Tools 9.15 "proves" a value above the optimum, with all of its presolve, are solved right."""
+    problem = tiny(shape, seed)
+    assert solve(problem, "cpsat", LIMITS).objective == pytest.approx(best_value(problem))
+
+
 def _answer(problem: Problem, name: str) -> Any:
     """Solve without the checks of the cap that come before; None where it is said that there is nothing."""
     found = load_solver(name).solve(problem, LIMITS, Report())
