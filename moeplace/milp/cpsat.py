@@ -11,8 +11,8 @@ bound of the exact model. The point found is completed and checked in float64, s
 
 Where there is a grid, one step of CP-SAT's presolve, which joins rows with "at most one" constraints, is left out: in
 OR-Tools 9.15 it removes optimal points, after which a value up to 0.25 % above the optimum is "proved"
-(google/or-tools#5293, open). Of 684 small models of step times, 7 were wrong with it and none without; of as many models
-of whole numbers none was wrong either way, and there the step makes proofs several times quicker.
+(google/or-tools#5293, open). Of 684 small models of step times, 7 were wrong with it and none without; of 592 models of
+whole numbers none was wrong, and there the step makes proofs several times quicker.
 
 The grid is no finer on purpose: with 2^34 steps and rows of 2^56, within CP-SAT's stated limits, CP-SAT 9.15 was seen
 to prove a value optimal that is 3 % from the optimum; 2^30 steps and less gave the right answer. The price is that an
