@@ -20,7 +20,7 @@ from moeplace.frozen import Floats, Ints
 from moeplace.milp import BACKENDS, Backend, Budget
 from moeplace.moetuner.bounds import pair_bounds
 from moeplace.moetuner.chain import Chain, bottleneck_assignment, improve, level_start
-from moeplace.moetuner.clusters import Layer, balanced_start, clustering_model, deviation_bound, even_sizes
+from moeplace.moetuner.clusters import Layer, balanced_start, clustering_model, deviation_bound, even_sizes, improved
 from moeplace.moetuner.gpus import mapping_model, memory_model
 from moeplace.moetuner.nodes import shortest_chain, two_levels
 from moeplace.problem import Problem
@@ -424,3 +424,18 @@ def test_degenerate_shapes(topology: str) -> None:
     answer = attempt(small(topology))
     assert answer.placement is not None
     assert stages(answer)["ILP1"].status is Status.OPTIMAL
+
+
+@given(st.integers(0, 10**6), st.sampled_from([(3, 4), (8, 2), (10, 3)]))
+def test_swaps_never_raise_the_deviation(seed: int, shape: tuple[int, int]) -> None:
+    """Swaps of experts and of pairs keep the sizes, leave the start as it was, and end no further from the mean."""
+    size, clusters = shape
+    rng = np.random.default_rng(seed)
+    room = np.full(clusters, size)
+    layer = Layer(load=rng.integers(1, 1000, size * clusters), lower=room, upper=room)
+    start = rng.permutation(np.repeat(np.arange(clusters), size))
+    before = start.copy()
+    found = improved(layer, start)
+    assert (start == before).all()
+    assert np.bincount(found).tolist() == room.tolist()
+    assert deviation_bound(layer) - 1e-9 <= layer.deviation(found) <= layer.deviation(start)
