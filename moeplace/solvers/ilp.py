@@ -2,6 +2,9 @@
 
 Every objective, with load caps, uneven and spare slots; see :mod:`moeplace.joint` for the programme and what it leaves
 out. Linear relaxations make its bounds; its sister ``cpsat`` solves the same programme by clauses.
+
+CBC is the default: it takes the start, tells incumbents, keeps them when it is stopped, and was quicker on six of eight
+instances of 2 to 4 layers of 8 experts. HiGHS proved one of load with copies that CBC did not within 20 s.
 """
 
 from __future__ import annotations
