@@ -180,7 +180,12 @@ def _front(problem: Problem, kind: str, found: Sequence[tuple[Problem, Solution]
                 traffic_bound = max(traffic_bound, answer.bound)
             else:
                 soonest = max(soonest, answer.bound)
-    if kind == CROSS and problem.copies_level == GPU and problem.stats.transition is not None:
+    if (
+        kind == CROSS
+        and not problem.is_sampled
+        and problem.copies_level == GPU
+        and problem.stats.transition is not None
+    ):
         known = {GPU: traffic_bound * float(problem.stats.transition.sum(dtype=np.float64))}
         soonest = max(soonest, step_time_bound(problem, known))
     return Front(

@@ -157,20 +157,25 @@ def mean_dispatch_traffic(problem: Problem, placement: Placement, kernel: str) -
     Normal kernels need token-level structure; on counts the low-latency kernel's one copy per selection stands in, an
     over-estimate.
     """
-    stats, gpus = problem.stats, problem.num_gpus
-    share = placement.even_share()
-    tokens = problem.law.step_tokens
-    if kernel == NORMAL and stats.sample is not None:
+    if kernel == NORMAL and problem.stats.sample is not None:
         return _sampled_dispatch(problem, placement), NORMAL
+    copies = np.einsum("lse,lge->lsg", home_selections(problem), placement.even_share()) * problem.law.step_tokens
+    shape = (problem.num_layers, problem.num_gpus, problem.num_gpus)
+    return Traffic(copies=np.broadcast_to(copies, shape)), LOW_LATENCY
+
+
+def home_selections(problem: Problem) -> Floats:
+    """``[layer, GPU, expert]`` mean selections of each expert per token, by the home of the token.
+
+    Where the trace records no homes they are spread evenly, and the axis of GPUs is 1 long.
+    """
+    stats, gpus = problem.stats, problem.num_gpus
     sources = stats.source_load
-    if sources is not None and len(sources) <= gpus:
-        by_source = np.zeros((stats.meta.num_layers, gpus, stats.meta.num_experts))
-        by_source[:, : len(sources)] = np.swapaxes(sources, 0, 1) / stats.num_tokens
-        copies = np.einsum("lse,lge->lsg", by_source, share) * tokens
-    else:
-        received = np.einsum("lge,le->lg", share, stats.selections_per_token) * tokens
-        copies = np.repeat(received[:, None, :] / gpus, gpus, axis=1)
-    return Traffic(copies=copies), LOW_LATENCY
+    if sources is None or len(sources) > gpus:
+        return stats.selections_per_token[:, None, :] / gpus
+    by_source = np.zeros((stats.meta.num_layers, gpus, stats.meta.num_experts))
+    by_source[:, : len(sources)] = np.swapaxes(sources, 0, 1) / stats.num_tokens
+    return by_source
 
 
 def _sampled_dispatch(problem: Problem, placement: Placement) -> Traffic:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplace.errors import TopologyError, UnknownNameError
-from moeplace.network import LOW_LATENCY, NORMAL, Traffic, exchange
+from moeplace.network import LOW_LATENCY, NORMAL, Traffic, exchange, stages_us
 from moeplace.network.direct import ONE_SHOT_CONGESTION, move
 from moeplace.topology import ALL_TO_ALLS, Topology, load_topology
 
@@ -268,3 +268,15 @@ def test_a_bad_algorithm_is_refused() -> None:
         load_topology("scale-up:2:valiant")
     assert load_topology("torus:2x2:valiant").name == "torus:2x2:valiant"
     assert load_topology("mesh:2x2").all_to_all == "one-shot"
+
+
+@given(st.integers(0, 99), st.sampled_from([*ALL_TO_ALLS, "switched"]), st.booleans())
+def test_stages_add_up_to_the_time(seed: int, algorithm: str, returning: bool) -> None:
+    """The linear stages of an exchange, put together by their maxima and sums, are its time without the latency."""
+    topology = load_topology("scale-out:2x3") if algorithm == "switched" else network("torus:2x3", algorithm)
+    copies = np.random.default_rng(seed).integers(0, 9, (2, 6, 6)).astype(np.float64)
+    busy = exchange(topology, Traffic(copies=copies), kernel=LOW_LATENCY, bytes_per_copy=100.0, returning=returning)
+    total = np.zeros(2)
+    for chunks in stages_us(topology, copies, bytes_per_copy=100.0, returning=returning):
+        total += np.max([loads.max(axis=-1).sum(axis=-1) for loads in chunks], axis=0)
+    assert total == pytest.approx(busy.time_us - busy.latency_us)

@@ -67,7 +67,9 @@ Examples:
     default="auto",
     help="NAME, or NAME+NAME where each starts from the one before, if it can (moeplace list solvers).",
 )
-@option("--backend", type=click.Choice(["cbc", "cpsat"]), help="Integer programming solver of moetuner.")
+@option(
+    "--backend", type=click.Choice(["cbc", "cpsat", "highs"]), help="Integer programming solver of ilp and moetuner."
+)
 @option(
     "--option", "solver_options", type=KeyValue(), multiple=True, help="Option of the solver (moeplace list solvers)."
 )

@@ -9,6 +9,11 @@ of two, so that whole numbers lose nothing). Rounding moves a row's value by at 
 (with continuous values rounded to the grid), and its lower bound, less the same error of the objective, is a lower
 bound of the exact model. The point found is completed and checked in float64, so the relaxation costs no accuracy.
 
+Where there is a grid, one step of CP-SAT's presolve, which joins rows with "at most one" constraints, is left out: in
+OR-Tools 9.15 it removes optimal points, after which a value up to 0.25 % above the optimum is "proved"
+(google/or-tools#5293, open). Of 684 small models of step times, 7 were wrong with it and none without; of 592 models of
+whole numbers none was wrong, and there the step makes proofs several times quicker.
+
 The grid is no finer on purpose: with 2^34 steps and rows of 2^56, within CP-SAT's stated limits, CP-SAT 9.15 was seen
 to prove a value optimal that is 3 % from the optimum; 2^30 steps and less gave the right answer. The price is that an
 optimum far below the range of its variables may be reported as FEASIBLE with a tiny gap instead of OPTIMAL.
@@ -81,6 +86,8 @@ def solve_cpsat(model: LinearModel, budget: Budget, on_incumbent: OnIncumbent | 
     solver.parameters.max_time_in_seconds = time_limit_s
     solver.parameters.relative_gap_limit = budget.gap
     solver.parameters.catch_sigint_signal = False
+    if not all(model.is_integer):
+        solver.parameters.presolve_inclusion_work_limit = 0
     run = _Run(solver, program, target)
     status = run.finish(budget.stop, time_limit_s, on_incumbent)
     if status == cp_model.MODEL_INVALID:

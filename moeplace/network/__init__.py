@@ -130,6 +130,24 @@ def _direct(topology: Topology, traffic: Traffic, kernel: str, bytes_per_copy: f
     return Exchange(time_us=latency + moved.busiest * us_per_copy, link_us=links, latency_us=latency)
 
 
+def stages_us(
+    topology: Topology, copies: npt.NDArray[Any], *, bytes_per_copy: float, returning: bool = False
+) -> list[list[Floats]]:
+    """What :func:`exchange` takes the largest of with low-latency kernels.
+
+    Phases of chunks of ``[..., round, link]`` µs, all linear in ``copies`` [..., GPU, GPU]:
+    ``time - latency = Σ_phase max_chunk Σ_round max_link``. An integer programme minimises that.
+    """
+    if topology.is_direct:
+        us_per_copy = bytes_per_copy * 1e-3 / topology.link_gb_per_s
+        phases = direct.stages(topology, np.swapaxes(copies, -1, -2) if returning else copies)
+        return [[loads * us_per_copy for loads in chunks] for chunks in phases]
+    busy = exchange(
+        topology, Traffic(copies=copies), kernel=LOW_LATENCY, bytes_per_copy=bytes_per_copy, returning=returning
+    )
+    return [[np.concatenate([*busy.link_us.values()], axis=-1)[..., None, :]]]
+
+
 def latency_us(topology: Topology, kernel: str) -> float:
     """Fixed time of one direction of an all-to-all, hops not counted; 0 for one GPU, which exchanges nothing."""
     if topology.num_gpus == 1:

@@ -72,8 +72,7 @@ def move(topology: Topology, copies: npt.NDArray[np.floating | np.integer]) -> M
         Complexity: O(GPUs² · dimensions²) for each exchange.
     """
     position = np.arange(topology.num_gpus) if topology.coordinates is None else topology.coordinates
-    rank = np.argsort(position)
-    network = _Network(topology.kind, topology.dims, np.asarray(copies, np.float64)[..., rank[:, None], rank[None, :]])
+    network = _Network.of(topology, copies)
     moved = {
         SCHEDULED: network.scheduled,
         ONE_SHOT: network.one_shot,
@@ -83,6 +82,19 @@ def move(topology: Topology, copies: npt.NDArray[np.floating | np.integer]) -> M
     return Movement(
         busiest=moved.busiest, links={name: load[..., position] for name, load in moved.links.items()}, hops=moved.hops
     )
+
+
+def stages(topology: Topology, copies: npt.NDArray[np.floating | np.integer]) -> list[list[Floats]]:
+    """What :func:`move` takes the largest of: phases of chunks of ``[..., round, link]`` copies, linear in the traffic.
+
+    ``busiest = Σ_phase max_chunk Σ_round max_link``; links of one-shot algorithms are weighted by their congestion.
+    """
+    if topology.all_to_all == SCHEDULED:
+        phases = _Network.of(topology, copies).phases()
+        return [[loads.reshape(*loads.shape[:-2], -1) for loads in chunks] for chunks in phases]
+    congestion = ONE_SHOT_CONGESTION if topology.all_to_all == ONE_SHOT and topology.kind == TORUS else 1.0
+    links = [congestion * load for load in move(topology, copies).links.values()]
+    return [[np.concatenate(links, axis=-1)[..., None, :]]] if links else []
 
 
 @functools.lru_cache(maxsize=64)
@@ -129,20 +141,33 @@ class _Network:
         self._copies = copies
         self._links: dict[str, Floats] = {}
 
+    @classmethod
+    def of(cls, topology: Topology, copies: npt.NDArray[np.floating | np.integer]) -> _Network:
+        """Lay traffic between ranks out by position."""
+        position = np.arange(topology.num_gpus) if topology.coordinates is None else topology.coordinates
+        rank = np.argsort(position)
+        return cls(topology.kind, topology.dims, np.asarray(copies, np.float64)[..., rank[:, None], rank[None, :]])
+
     def scheduled(self) -> Movement:
         """Chunks that visit the dimensions in rotation, in rounds."""
-        count = len(self._dims)
         busiest, hops = np.zeros(self._lead), 0
-        for phase in range(count):
+        for chunks in self.phases():
             slowest, rounds = np.zeros(self._lead), 0
-            for chunk in range(count):
-                visited = [(chunk + i) % count for i in range(phase)]
-                loads = self._loads((chunk + phase) % count, visited, 1 / count)
+            for loads in chunks:
                 slowest = np.maximum(slowest, loads.max(axis=(-1, -2), initial=0).sum(axis=-1))
                 rounds = max(rounds, loads.shape[-3])
             busiest += slowest
             hops += rounds
         return Movement(busiest=busiest, links=self._links, hops=hops)
+
+    def phases(self) -> Iterator[Iterator[Floats]]:
+        """Yield each phase's chunks, ``[..., round, kind, position]`` loads of the links that each uses."""
+        count = len(self._dims)
+        for phase in range(count):
+            yield (
+                self._loads((chunk + phase) % count, [(chunk + i) % count for i in range(phase)], 1 / count)
+                for chunk in range(count)
+            )
 
     def one_shot(self) -> Movement:
         """Everything at once in dimension order."""

@@ -5,7 +5,8 @@ By EPLB's rules, by exchanges and kicks from there, and exactly where a layer is
 
 from __future__ import annotations
 
+from moeplace.packing.configurations import configuration_floor
 from moeplace.packing.exact import exact_layer
 from moeplace.packing.kernel import pack_layers
 
-__all__ = ["exact_layer", "pack_layers"]
+__all__ = ["configuration_floor", "exact_layer", "pack_layers"]

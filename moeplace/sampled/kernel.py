@@ -42,7 +42,8 @@ def descend_and_kick(
 
     ``work`` [item, channel, batch] is what items add, ``where`` [item] their GPUs, ``expert`` [item] what they are (two
     of one expert never share a GPU), ``usage`` [GPU, channel, batch] the sums, ``weights`` [batch]; ``load`` [item]
-    counts against ``cap`` in ``busy`` [GPU]. ``where``, ``usage`` and ``busy`` end in the best state. Returns its value.
+    counts against ``cap`` in ``busy`` [GPU]. ``where``, ``usage`` and ``busy`` end in the best state, whose value is
+    returned.
     """
     items, batches = len(where), len(weights)
     groups = 1 if usage.shape[1] == 1 else 2

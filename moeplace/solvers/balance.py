@@ -2,7 +2,8 @@
 
 Every layer is improved by :func:`moeplace.packing.pack_layers` until it meets its certified floor or its kicks are used
 up. Where load is the objective, layers that are small enough are then solved by an integer programme, which also proves
-them. Only load counts: no traffic, no batches, no current placement.
+them, and on demand the floors of large ones are raised by the configuration linear programme. Only load counts: no
+traffic, no batches, no current placement.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from moeplace.frozen import Floats
 from moeplace.metrics import max_over_mean
 from moeplace.milp import Budget
 from moeplace.objective import UNITS, objective_value
-from moeplace.packing import exact_layer, pack_layers
+from moeplace.packing import configuration_floor, exact_layer, pack_layers
+from moeplace.packing.configurations import ROUNDS
 from moeplace.packing.eplb import balance_global
 from moeplace.placement import Placement
 from moeplace.problem import LOAD, Problem
@@ -25,7 +27,11 @@ from moeplace.solution import Clock, Limits, Report, Solution, Status, StopReaso
 
 DESCRIPTION = "least load of the busiest GPU: exchanges, kicks of places and copies, small layers proved"
 USES_START = True
-OPTIONS: Mapping[str, str] = {"kicks": "kicks of each layer (default: 300, times --work)"}
+BOUNDS = ("simple", "configurations")
+OPTIONS: Mapping[str, str] = {
+    "kicks": "kicks of each layer (default: 300, times --work)",
+    "bound": "simple (default) or configurations (tighter, seconds a layer: at most 4 slots per GPU, none spare)",
+}
 KICKS = 300
 EXACT_WORK, EXACT_WORK_OF_ALL = 5.0, 20.0  # of one layer, and of all together
 MET = 1e-9
@@ -34,6 +40,9 @@ MET = 1e-9
 def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
     """Balance the load of every layer. Complexity: O(layers · kicks · slots of a GPU · slots of all)."""
     clock = Clock(limits)
+    kind = limits.options.get("bound", BOUNDS[0])
+    if kind not in BOUNDS:
+        raise InputError(f"bound {kind!r}", rule=f"one of {', '.join(BOUNDS)}")
     load = problem.stats.load
     mean = load.sum(axis=1) / problem.num_gpus
     start = _start(problem)
@@ -47,12 +56,15 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
         stop=lambda: clock.over,
     )
     floor, notes = load_floor(problem), []
-    if problem.objective == LOAD and not problem.whole_model:
+    whole = problem.objective == LOAD and not problem.is_sampled
+    if whole and not problem.whole_model:
         placement, floor = _prove(problem, placement, floor, (limits, clock))
+        if kind == "configurations":
+            floor = _raise(problem, placement, floor, (limits, clock), report)
     elif problem.start is not None and objective_value(problem, placement) > objective_value(problem, problem.start):
         placement, notes = problem.start, ["balancing made the objective worse: the start is kept"]
     value = objective_value(problem, placement)
-    bound = float(floor.mean()) if problem.objective == LOAD else None
+    bound = float(floor.mean()) if whole else None
     proven = bound is not None and value <= bound * (1 + MET)
     return Solution(
         placement=placement,
@@ -106,3 +118,32 @@ def _prove(
         slots[layer] = found[0]
         floor[layer] = max(floor[layer], found[1] / mean)
     return Placement(slots=slots, num_experts=problem.num_experts), floor
+
+
+def _raise(problem: Problem, placement: Placement, floor: Floats, run: tuple[Limits, Clock], report: Report) -> Floats:
+    """Raise the floors that are not met by the configuration linear programme.
+
+    Only where a floor is above the mean: whole configurations are then few. At the mean there are so many that a layer
+    was never seen to gain more than one selection.
+    """
+    limits, clock = run
+    load = problem.stats.load
+    if problem.num_slots > problem.num_experts:
+        return floor
+    ratio, mean, floor = max_over_mean(placement, load), load.sum(axis=1) / problem.num_gpus, floor.copy()
+    whole = np.ceil(floor * mean * (1 - 1e-12) - 1e-6).astype(np.int64)
+    layers = np.flatnonzero((ratio > floor * (1 + MET)) & (whole > np.ceil(mean)))
+    for i, layer in enumerate(layers.tolist()):
+        if clock.over:
+            break
+        report.progress(i, len(layers), "bounding layers")
+        found = configuration_floor(
+            load[layer],
+            problem.slots_per_gpu,
+            floor=int(whole[layer]),
+            packing=placement.slots[layer].astype(np.int64),
+            rounds=max(1, round(ROUNDS * limits.work)),
+            stop=lambda: clock.over,
+        )
+        floor[layer] = max(floor[layer], found / mean[layer])
+    return floor

@@ -33,7 +33,7 @@ from moeplace.solution import Clock, Limits, Report, Solution, Stage, Status, St
 
 DESCRIPTION = "MoETuner's two integer programmes: balanced clusters, then clusters onto GPUs (no replicas)"
 OPTIONS: Mapping[str, str] = {
-    "backend": "cbc (PuLP's, default) or cpsat (OR-Tools)",
+    "backend": "cbc (PuLP's, default), cpsat (OR-Tools) or highs (SciPy's)",
     "tolerance": "relative gap at which each integer programme stops (default 0.025, as published)",
 }
 WORK_1, WORK_2 = 20.0, 20.0

@@ -63,6 +63,9 @@ class _Run:
         self.tables = StepTables.of(problem)
         batches = self.tables.rows.shape[2]
         self.fitted = batches - int(KEPT_BACK * batches)
+        self.apart = slice(
+            self.fitted if self.fitted < batches else 0, None
+        )  # few steps are fitted and chosen by alike
         self.weights = np.zeros(batches)
         self.weights[: self.fitted] = 1 / self.fitted
         mean = problem.stats.load.sum(axis=1) / problem.num_gpus
@@ -136,8 +139,8 @@ class _Run:
         allowed = [name for name in found if "start" not in starts or whole[name] <= whole.get("start", np.inf)]
         # a p99 of the few steps kept apart is noise; the mean of their worst 5 % is less so
         by = MEAN if risk == MEAN else CVAR
-        chosen = min(allowed, key=lambda name: risk_value(values[name][self.fitted :], by))
-        fit, apart = (risk_value(part, risk) for part in (values[chosen][: self.fitted], values[chosen][self.fitted :]))
+        chosen = min(allowed, key=lambda name: risk_value(values[name][self.apart], by))
+        fit, apart = (risk_value(part, risk) for part in (values[chosen][: self.fitted], values[chosen][self.apart]))
         stopped = self.clock.over
         return Solution(
             placement=found[chosen],

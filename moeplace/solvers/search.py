@@ -59,7 +59,7 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
     kind = limits.options.get("bound", BOUNDS[0])
     if kind not in BOUNDS:
         raise InputError(f"bound {kind!r}", rule=f"one of {', '.join(BOUNDS)}")
-    moving = problem.objective == STEP_TIME and problem.dataflow == CONTEXT_COHERENT
+    moving = problem.objective == STEP_TIME and problem.dataflow == CONTEXT_COHERENT and not problem.is_sampled
     if not (problem.objective == CROSS or moving) or problem.whole_model:
         raise ProblemError(
             f"objective {problem.objective} with {problem.dataflow} execution",
