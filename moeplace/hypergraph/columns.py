@@ -18,6 +18,7 @@ MOST_SETS = 12_000_000  # sets of one size whose costs are all computed
 MOST_HITS = 6e10  # sets × patterns where inclusion and exclusion does not reach
 ORDER = 4  # most experts of a table
 MOST_CELLS = 20_000_000  # of a table
+ADDED = 150  # columns a pricing of unlisted sets adds at most
 LOOKED_UP = 300  # subsets of a set, by table, where sets are listed
 
 
@@ -102,14 +103,18 @@ class EverySet:
             self.cost = _all_costs(patterns, size, count)
 
     def price(self, price: Floats) -> tuple[float, Pool]:
-        """Least reduced cost of all sets (infinite where there is none), and the best set that holds each expert.
+        """Least reduced cost of all sets (infinite where there is none), and some unlike sets of low reduced cost.
 
         Complexity: O(sets).
         """
         if self.pool is None:
             least, best = self._scan(price, -math.inf, 0)[:2]
-            found = np.unique(best[best >= 0])
-            return float(least.min()), Pool(unranked(found, self.num_experts, self.size), self.cost[found].astype(np.int64))
+            order = np.argsort(least, axis=None, kind="stable")[:ADDED]
+            found = np.sort(best.ravel()[order])
+            found = found[found >= 0]
+            return float(least.min()), Pool(
+                unranked(found, self.num_experts, self.size), self.cost[found].astype(np.int64)
+            )
         if not len(self.pool):
             return math.inf, self.pool
         reduced = self.pool.reduced(price)
@@ -127,7 +132,8 @@ class EverySet:
         return Pool(members[:count], self.cost[where[:count]].astype(np.int64)) if count <= room else None
 
     def _scan(self, price: Floats, most: float, room: int) -> tuple[Floats, Ints, Ints, Ints, int]:
-        least, best = np.full(self.num_experts, np.inf), np.full(self.num_experts, -1)
+        table = (self.num_experts, self.num_experts)
+        least, best = np.full(table, np.inf), np.full(table, -1)
         members, where = np.zeros((room, self.size), np.int64), np.zeros(room, np.int64)
         count = compiled_scan()(
             self.cost, np.asarray(price, np.float64), self.load, self.cap, self.size, most, least, best, members, where

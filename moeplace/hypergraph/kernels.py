@@ -111,7 +111,8 @@ def scan_loop(
     cap, most
         Most load of a set, most reduced cost of one that is kept.
     least, best
-        ``[expert]`` least reduced cost of a set that holds the expert, and which set that is; updated.
+        ``[expert, expert]`` least reduced cost of the sets that begin with the one and end with the other, and which
+        set that is; updated.
     kept, where
         ``[room, size]`` members and ``[room]`` numbers of the sets kept, as far as there is room. Complexity: O(sets).
     """
@@ -123,7 +124,6 @@ def scan_loop(
     while depth >= 0:
         if depth == last:
             base, room = sum_price[last], cap - sum_load[last]
-            lowest, at = np.inf, -1
             for e in range(pick[last], experts):
                 if load[e] <= room:
                     value = cost[place] - base - price[e]
@@ -134,14 +134,9 @@ def scan_loop(
                             kept[count, last] = e
                             where[count] = place
                         count += 1
-                    if value < least[e]:
-                        least[e], best[e] = value, place
-                    if value < lowest:
-                        lowest, at = value, place
+                    if value < least[pick[0], e]:
+                        least[pick[0], e], best[pick[0], e] = value, place
                 place += 1
-            for j in range(last):
-                if lowest < least[pick[j]]:
-                    least[pick[j]], best[pick[j]] = lowest, at
         elif pick[depth] <= experts - size + depth:
             x = pick[depth]
             sum_price[depth + 1] = sum_price[depth] + price[x]

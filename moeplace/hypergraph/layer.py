@@ -27,6 +27,7 @@ FIRST_WINDOW = 0.003  # of the bound: reduced costs of the first columns tried
 SMOOTHING = 0.3  # weight of the best prices so far in those tried next (Wentges 1997)
 CLOSED = 1e-7  # of the value: the relaxation's gap at which pricing ends
 KEPT_COLUMNS = 3000
+UNLISTED = 3  # where sets are too many to list, programmes are harder: so much fewer columns
 STARTS = 48  # columns that exchanges start from, in a round
 EXCHANGED_SIZE = 16  # larger sets hardly recombine
 
@@ -79,10 +80,10 @@ class Effort:
         Relative gap at which a layer is done.
     """
 
-    columns: int = 12_000
+    columns: int = 20_000
     nodes: int = 4000
     rounds: int = 200
-    runs: int = 6
+    runs: int = 4
     turns: int = 60
     swaps: int = 256
     gap: float = 0.0
@@ -166,7 +167,7 @@ class LayerSearch:
         if len(listed) == len(sets):
             price = self.master.relax(Pool.empty(max(self.groups)).joined(*listed)).price
         else:
-            self._anneal(max(1, self.effort.runs // 3))
+            self._anneal(1)
             price = self._priced(sets)
         least = {one.size: one.price(price)[0] for one in sets}
         if any(math.isinf(value) for value in least.values()):
@@ -175,6 +176,8 @@ class LayerSearch:
         bound = self.master.bound(price, least)
         self._raise(bound)
         self._close(sets, price, least, bound)
+        if len(listed) == len(sets) and not self._closed() and not self.found.infeasible:
+            self._anneal(self.effort.runs)
 
     def _priced(self, sets: list[EverySet]) -> Floats:
         """Prices that solve the relaxation over all sets, by column generation with smoothed prices."""
@@ -225,7 +228,8 @@ class LayerSearch:
     def _window(self, sets: list[EverySet], price: Floats, least: dict[int, float], window: float) -> Pool | None:
         parts = []
         for one in sets:
-            part = one.within(price, least[one.size] + window * (1 + 1e-9) + 1e-6, self.effort.columns)
+            room = self.effort.columns if one.pool is not None else self.effort.columns // UNLISTED
+            part = one.within(price, least[one.size] + window * (1 + 1e-9) + 1e-6, room)
             if part is None:
                 return None
             parts.append(part)

@@ -20,7 +20,6 @@ from moeplace.bounds import load_floor
 from moeplace.errors import InputError, ProblemError
 from moeplace.frozen import Floats, Ints
 from moeplace.hypergraph import Effort, Found, Layer, LayerSearch, Patterns, split_nodes
-from moeplace.metrics import max_over_mean
 from moeplace.objective import UNITS, objective_value
 from moeplace.packing import pack_layers
 from moeplace.packing.eplb import balance_global, slots_without_copies
@@ -80,10 +79,10 @@ def _effort(mode: str, limits: Limits, experts: int) -> Effort:
     """Work of a layer: deterministic, from the instance and ``limits.work``."""
     work, large = limits.work, experts >= LARGE
     effort = Effort(
-        columns=max(200, round(12_000 * work)),
+        columns=max(200, round(20_000 * work)),
         nodes=max(1, round(4000 * work)),
         rounds=max(5, round(200 * work)),
-        runs=max(1, round((1 if large else 6) * work)),
+        runs=max(1, round((1 if large else 4) * work)),
         swaps=256 if large and mode == MODES[0] else 192,
         gap=limits.gap,
     )
@@ -235,7 +234,7 @@ class _Run:
             try:
                 layer = ended.get(timeout=POLL_S)
                 done += 1
-                self._tell(jobs, start, layer, done)
+                self._tell(jobs, layer, done)
             except queue.Empty:
                 pass
             if self.clock.over and late == math.inf:
@@ -267,7 +266,7 @@ class _Run:
                 return gpu
         return None
 
-    def _tell(self, jobs: list[_Job], start: Ints, layer: int, done: int) -> None:
+    def _tell(self, jobs: list[_Job], layer: int, done: int) -> None:
         for job in jobs:
             job.found = job.search.found
         found, tokens = jobs[layer].found, jobs[layer].search.layer.patterns.tokens
@@ -276,15 +275,14 @@ class _Run:
         what = f"layer {name}: {found.value / tokens:.4f} copies, gap {gap:.2f} %"
         self.report.progress(done, len(jobs), what)
         if done == len(jobs) or done % max(1, len(jobs) // 4) == 0:
-            states = [self._state(job, start, number) for number, job in enumerate(jobs)]
-            if all(state is not None for state in states):
-                placement = self._placement(np.array(states))
-                value, bound = objective_value(self.problem, placement), self._bound(jobs)
-                busiest = float(max_over_mean(placement, self.problem.stats.load).mean())
-                self.report.improved(
-                    f"setpart, {done} of {len(jobs)} layers", value, bound=min(value, bound), unit=UNITS[COPIES],
-                    figures={"load max/mean": busiest},
-                )  # fmt: skip
+            value, bound = self._value(jobs), self._bound(jobs)
+            if math.isfinite(value):
+                source = f"setpart, {done} of {len(jobs)} layers"
+                self.report.improved(source, value, bound=min(value, bound), unit=UNITS[COPIES])
+
+    def _value(self, jobs: list[_Job]) -> float:
+        """Copies per token, mean over layers."""
+        return float(np.mean([job.found.value / job.search.layer.patterns.tokens for job in jobs]))
 
     def _state(self, job: _Job, start: Ints, layer: int) -> Ints | None:
         """``[expert]`` GPUs of a layer: those found, else of the start where it keeps the cap."""
