@@ -39,8 +39,8 @@ class Schedule:
 
     turns: int
     swaps: int
-    hot: float = 0.25
-    cold: float = 0.01
+    hot: float = 0.1
+    cold: float = 0.005
     first_price: float = 0.3
     last_price: float = 15.0
 
@@ -127,11 +127,12 @@ class Annealer:
             count[row, place[:, j]] += 1
         join = np.zeros((self.patterns.num_experts, self.num_gpus), np.int64)
         leave = np.zeros(self.patterns.num_experts, np.int64)
-        absent = (count == 0) * self.weight[:, None]
-        for j in range(self.experts.shape[1]):
-            np.add.at(join, self.experts[:, j], absent)
-            alone = count[row, place[:, j]] == 1
-            np.add.at(leave, self.experts[alone, j], self.weight[alone])
+        experts = self.experts.ravel()
+        for gpu in range(self.num_gpus):
+            absent = np.where(count[:, gpu] == 0, self.weight, 0)
+            join[:, gpu] = np.bincount(experts, np.repeat(absent, self.experts.shape[1]), len(join))
+        alone = np.take_along_axis(count, place, axis=1) == 1
+        leave[:] = np.bincount(experts, (alone * self.weight[:, None]).ravel(), len(leave))
         return count, join, leave
 
     def _spread(self, state: Ints, join: Ints, leave: Ints) -> float:

@@ -271,7 +271,8 @@ class LayerSearch:
             for state in [best, *met]:
                 if self.layer.keeps_cap(state):
                     self.offer(state)
-            self._keep([state for state in [best, *met] if self.layer.keeps_cap(state)])
+            if max(self.groups) <= EXCHANGED_SIZE:
+                self._keep([state for state in [best, *met] if self.layer.keeps_cap(state)])
 
     def _keep(self, states: list[Ints]) -> None:
         """Add the columns of states to the pool."""

@@ -23,15 +23,23 @@ def pair_bound(patterns: Patterns, rooms: Ints) -> float:
     """
     sizes = np.sort(rooms[rooms > 0])[::-1]
     top = min(patterns.top_k, int(sizes[0]))
-    together = np.zeros((patterns.num_experts, patterns.num_experts))
-    for i in range(patterns.top_k):
-        for j in range(i + 1, patterns.top_k):
-            np.add.at(together, (patterns.experts[:, i], patterns.experts[:, j]), patterns.weight)
-    together += together.T
+    together = pairs_of(patterns)
     most = _kept(together, sizes)
     selections = patterns.top_k * patterns.tokens
     bounds = [2.0 / (j + 1) * selections - 2.0 / (j * (j + 1)) * most for j in range(1, top + 1)]
     return max(0.0, *bounds) * (1 - 1e-9)
+
+
+def pairs_of(patterns: Patterns) -> Floats:
+    """``[expert, expert]`` tokens that chose both, symmetric, nothing on the diagonal."""
+    experts = patterns.num_experts
+    flat = np.zeros(experts * experts)
+    for i in range(patterns.top_k):
+        for j in range(i + 1, patterns.top_k):
+            pair = patterns.experts[:, i] * experts + patterns.experts[:, j]
+            flat += np.bincount(pair, patterns.weight, experts * experts)
+    table = flat.reshape(experts, experts)
+    return table + table.T
 
 
 def _kept(together: Floats, sizes: Ints) -> float:

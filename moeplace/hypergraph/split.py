@@ -9,11 +9,12 @@ import numpy as np
 from moeplace.frozen import Floats, Ints
 from moeplace.hypergraph.anneal import Annealer, Schedule
 from moeplace.hypergraph.layer import ROOM
+from moeplace.hypergraph.pairs import pairs_of
 from moeplace.hypergraph.patterns import Patterns
 from moeplace.packing import pack_layers
 from moeplace.packing.eplb import balance_global
 
-KICKS = 60
+KICKS = 15
 TURNS, SWAPS = 20, 16  # of the short annealing in each node
 
 
@@ -48,6 +49,7 @@ def split_nodes(
         ``[expert]`` GPU, numbered through all nodes. The cap is kept where exchanges reach it.
     """
     gpu = np.zeros(patterns.num_experts, np.int64)
+    together = pairs_of(patterns)
     for number, room in enumerate(rooms):
         experts = np.flatnonzero(node == number)
         if not len(experts):
@@ -59,7 +61,7 @@ def split_nodes(
         state = packed.copies()[0].argmax(axis=0)
         busy = np.bincount(state, own[0], len(room))
         if np.isfinite(cap) and (busy <= cap * (1 + ROOM)).all() and not stop():
-            inner = _inside(patterns, experts)
+            inner = _inside(together, experts)
             schedule = Schedule(turns=TURNS, swaps=SWAPS * len(experts))
             if len(inner.weight):
                 state = Annealer(inner, own[0], cap * (1 + ROOM), len(room)).run(state, schedule, seed)[0]
@@ -67,24 +69,9 @@ def split_nodes(
     return gpu
 
 
-def _inside(patterns: Patterns, experts: Ints) -> Patterns:
-    """What tokens chose among some experts, as patterns of pairs: copies within a node, to first order.
-
-    A pattern of uneven width has no place in an array, so tokens count once for each pair of theirs inside the node;
-    pairs that share a GPU are what saves copies.
-    """
-    name = np.full(patterns.num_experts, -1)
-    name[experts] = np.arange(len(experts))
-    inner = name[patterns.experts]
-    first, second, weight = [], [], []
-    for i in range(patterns.top_k):
-        for j in range(i + 1, patterns.top_k):
-            both = (inner[:, i] >= 0) & (inner[:, j] >= 0)
-            first.append(inner[both, i])
-            second.append(inner[both, j])
-            weight.append(patterns.weight[both])
-    pair = np.concatenate(first) * len(experts) + np.concatenate(second) if first else np.zeros(0, np.int64)
-    total = np.bincount(pair, np.concatenate(weight) if weight else None, len(experts) ** 2).astype(np.int64)
-    kept = np.flatnonzero(total)
-    rows = np.stack([kept // len(experts), kept % len(experts)], axis=1)
-    return Patterns(experts=rows, weight=total[kept], num_experts=len(experts))
+def _inside(together: Floats, experts: Ints) -> Patterns:
+    """Pairs of experts inside a node as patterns: what tokens save there by sharing GPUs, to first order."""
+    together = np.triu(together[np.ix_(experts, experts)])
+    rows = np.argwhere(together)
+    weight = together[tuple(rows.T)].astype(np.int64)
+    return Patterns(experts=rows, weight=weight, num_experts=len(experts))

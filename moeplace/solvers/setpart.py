@@ -189,7 +189,7 @@ class _Run:
             even = float(self.mean[layer]) * size
             cap = min(cap * size, self.node_cap * even)
             cap = even + (cap - even) * margin if math.isfinite(cap) else cap
-            state = state // size
+            state = balance_global(self.load[layer][None], rooms).copies()[0].argmax(axis=0)
         instance = Layer(patterns=patterns, load=self.load[layer], cap=cap, rooms=rooms)
         search = LayerSearch(instance, self.effort, self.limits.seed + 7919 * layer, self._over, self._seconds)
         if instance.keeps_cap(state):
