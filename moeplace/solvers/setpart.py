@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from moeplace.bounds import load_floor
+from moeplace.bounds import load_floor, objective_bound
 from moeplace.errors import InputError, ProblemError
-from moeplace.frozen import Floats, Ints
+from moeplace.frozen import Ints
 from moeplace.hypergraph import Effort, Found, Layer, LayerSearch, Patterns, split_nodes
 from moeplace.objective import UNITS, objective_value
 from moeplace.packing import pack_layers
@@ -282,7 +282,10 @@ class _Run:
 
     def _value(self, jobs: list[_Job]) -> float:
         """Copies per token, mean over layers."""
-        return float(np.mean([job.found.value / job.search.layer.patterns.tokens for job in jobs]))
+        return sum(job.found.value for job in jobs) / self._cells(jobs)
+
+    def _cells(self, jobs: list[_Job]) -> int:
+        return sum(job.search.layer.patterns.tokens for job in jobs)
 
     def _state(self, job: _Job, start: Ints, layer: int) -> Ints | None:
         """``[expert]`` GPUs of a layer: those found, else of the start where it keeps the cap."""
@@ -303,13 +306,8 @@ class _Run:
         return Placement(slots=slots, num_experts=problem.num_experts)
 
     def _bound(self, jobs: list[_Job]) -> float:
-        """Mean over layers of their bounds, in copies per token, rounded down in the last digits."""
-        each: Floats = np.array([job.found.bound / job.search.layer.patterns.tokens for job in jobs])
-        floor = -(-self.problem.stats.meta.top_k // max(1, int(self.rooms.max()) * self._gpus_of_group()))
-        return float(np.maximum(each, floor).mean())
-
-    def _gpus_of_group(self) -> int:
-        return self.problem.topology.gpus_per_node if self.by_node else 1
+        """Mean over layers of their bounds, in copies per token."""
+        return max(objective_bound(self.problem), sum(job.found.bound for job in jobs) / self._cells(jobs))
 
     def _solution(self, jobs: list[_Job], state: Ints, *, proves: bool) -> Solution:
         placement = self._placement(state)
