@@ -79,7 +79,8 @@ rival, schedule = [], Schedule(turns=60, swaps=4096)
 for layer in range(problem.num_layers):
     patterns = Patterns.of(problem.stats.sample.experts[:, layer], 64)
     load = problem.stats.load[layer].astype(float)
-    best, _ = Annealer(patterns, load, problem.load_cap[layer] * load.sum() / gpus, gpus).run(eplb[layer], schedule, seed)
+    cap = problem.load_cap[layer] * load.sum() / gpus
+    best, _ = Annealer(patterns, load, cap, gpus).run(eplb[layer], schedule, seed)
     rival.append(patterns.copies(best, gpus) / patterns.tokens)
 started = time.perf_counter()
 answer = solve(problem, "setpart", Limits(threads=2, seed=seed))

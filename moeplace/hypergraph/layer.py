@@ -204,13 +204,18 @@ class LayerSearch:
         """Close the gap: integer programmes over columns within a growing window of reduced cost.
 
         A partition costs at least the bound and the reduced costs of its columns above the least, so one that is not
-        within the window costs at least the bound and the window.
+        within the window costs at least the bound and the window. None costs more than a copy of every token on as
+        many groups as it can touch, so beyond that width there are no columns left to try.
         """
-        window, widest = FIRST_WINDOW * max(1.0, bound), 4.0 * self.layer.patterns.tokens * len(self.layer.rooms)
-        crowded = False
+        patterns = self.layer.patterns
+        most = patterns.tokens * min(patterns.top_k, sum(self.groups.values()))
+        window, widest, crowded = FIRST_WINDOW * max(1.0, bound), most + 1.0 - bound, False
+        if widest <= 0:
+            self.found = replace(self.found, infeasible=self.found.group is None)
+            return
         while not self.stop() and not self._closed():
             needed = self.found.value - bound  # columns beyond cannot stand in a better partition
-            window = min(window, needed) if needed < widest else window
+            window = min(window, needed, widest)
             pool = self._window(sets, price, least, window)
             if pool is None:
                 if window <= self.found.bound - bound:
