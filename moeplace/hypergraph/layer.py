@@ -130,6 +130,7 @@ class LayerSearch:
         self.groups = self.layer.groups
         self.master = Master(patterns.num_experts, self.groups, 4.0 * patterns.tokens)
         self.pool = Pool.empty(max(self.groups))
+        self._raise(float(-(-patterns.top_k // max(self.groups)) * patterns.tokens))
 
     def offer(self, group: Ints) -> None:
         """Take a state within the cap as the best, if it is."""
@@ -140,8 +141,6 @@ class LayerSearch:
     def run(self) -> Found:
         """Search until proved, or the effort is spent."""
         patterns = self.layer.patterns
-        floor = -(-patterns.top_k // max(self.groups)) * patterns.tokens
-        self._raise(float(floor))
         if not self.stop() and not self._closed():
             if all(enumerable(patterns, size) for size in self.groups):
                 self._every_set()

@@ -82,7 +82,7 @@ def _effort(mode: str, limits: Limits, experts: int) -> Effort:
         columns=max(200, round(20_000 * work)),
         nodes=max(1, round(4000 * work)),
         rounds=max(5, round(200 * work)),
-        runs=max(1, round((1 if large else 4) * work)),
+        runs=max(1, round((1 if large else 8) * work)),
         swaps=256 if large and mode == MODES[0] else 192,
         gap=limits.gap,
     )
