@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import make_problem, make_trace, random_placement
+from strategies import make_problem, make_trace, random_placement, slow_topology
 
 from moeplace.build import build_problem
 from moeplace.errors import InputError, ProblemError
@@ -27,7 +27,7 @@ from moeplace.metrics import max_over_mean
 from moeplace.objective import objective_value
 from moeplace.readers import open_trace, read_trace
 from moeplace.solution import Limits, Report, Status, StopReason
-from moeplace.solvers import load_solver, solve
+from moeplace.solvers import choose, load_solver, solve
 from moeplace.split import parse_split, select
 
 ROOT = Path(__file__).parents[1]
@@ -360,3 +360,17 @@ def test_a_real_trace_is_proved() -> None:
     answer = solve(problem, "setpart", Limits(threads=2))
     assert answer.status is Status.OPTIMAL
     assert answer.objective == pytest.approx(3.0330, abs=1e-4)
+
+
+def test_auto_saves_copies_where_a_token_is_sent_once_to_each_gpu() -> None:
+    """In prefill steps fewest copies under caps are tried for step time, and never make it worse than balance."""
+    trace = make_trace(5, tokens=300, layers=2, experts=8, top_k=3)
+    problem = make_problem(trace, slow_topology("scale-up:4"), phase="prefill", requests=300)
+    tried, why = choose(problem)
+    assert [one.slack for one in tried if one.name == "setpart"] == [0.01, 0.03, 0.1]
+    assert "GPUs per token" in why
+    answer = solve(problem)
+    assert answer.objective <= solve(problem, "balance").objective
+    assert answer.unit == "µs"
+    assert "setpart" not in [one.name for one in choose(problem.replace(law=problem.law.replace(phase="decode")))[0]]
+    assert [one.name for one in choose(problem.replace(objective="copies"))[0]] == ["linear", "eplb", "setpart"]

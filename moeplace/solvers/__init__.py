@@ -21,18 +21,22 @@ import numpy.typing as npt
 from moeplace.bounds import load_floor, objective_bound
 from moeplace.errors import InfeasibleError, InputError, SolverError, unknown_name
 from moeplace.metrics import cross_shares, max_over_mean
+from moeplace.network import KERNEL_OF_PHASE, NORMAL
 from moeplace.objective import UNITS, Term, objective_value, terms
 from moeplace.packing.eplb import balance_global, slots_without_copies
 from moeplace.partitions import MAX_DIVISIONS, num_divisions
 from moeplace.placement import Placement
-from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, STEP_TIME, Problem
+from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, LOAD, STEP_TIME, Problem
 from moeplace.solution import Limits, Report, Solution, Status, StopReason
+from moeplace.tails import MEAN
 
 AUTO = "auto"
 ENTRY_POINTS = "moeplace.solvers"
 TOLERANCE = 1e-9
 AUTO_BINARIES = 8192
 AUTO_WORK = 0.2
+SLACKS = (0.01, 0.03, 0.1)  # caps under which auto tries fewest copies for step time, above the balanced load
+MOST_PARTITIONED = 64  # experts of a layer that set partitioning takes in seconds
 
 
 class Solver(Protocol):
@@ -47,14 +51,20 @@ class Solver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A method ``auto`` tries: its name, options the user did not set, and its share of the work budget."""
+    """A method ``auto`` tries: its name, options the user did not set, and its share of the work budget.
+
+    With ``slack`` it minimises copies per token instead, under a cap on load so far above the best balance.
+    """
 
     name: str
     options: Mapping[str, str] = field(default_factory=dict)
     work: float = 1.0
+    slack: float | None = None
 
     def __str__(self) -> str:
         settings = " ".join(f"{key}={value}" for key, value in self.options.items())
+        if self.slack is not None:
+            settings = f"fewest copies, load {self.slack:+.0%}"
         return f"{self.name} ({settings})" if settings else self.name
 
     def limits(self, limits: Limits) -> Limits:
@@ -101,10 +111,16 @@ def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
     if problem.objective == STEP_TIME and problem.dataflow == CONTEXT_COHERENT and not problem.whole_model:
         tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance"), Candidate("search")]
         return tuple(tried), "tokens move between experts: work of GPUs and traffic weighed against each other"
+    if problem.objective == COPIES and not problem.whole_model:
+        tried = [Candidate("linear"), Candidate("eplb"), Candidate("setpart")]
+        return tuple(tried), "fewest copies per token: each layer partitioned by itself"
     binaries = problem.num_layers * problem.num_experts * problem.num_gpus
     tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance")]
     if problem.model.num_groups > 1 and problem.topology.num_nodes > 1:
         tried.append(Candidate("eplb", {"policy": "global"}))
+    if _saves_copies(problem):
+        fast = [Candidate("setpart", {"mode": "fast"}, slack=slack) for slack in SLACKS]
+        return (*tried, *fast), "one copy per GPU: fewer GPUs per token weighed against even load"
     if problem.num_slots > problem.num_experts:
         # a copy costs its weights' reading in every step: with few tokens per expert it may not pay
         return (*tried, Candidate("eplb", {"policy": "global", "copies": "none"})), "redundant slots, filled and not"
@@ -112,6 +128,13 @@ def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
         short = Candidate("moetuner", {"backend": "cpsat"}, AUTO_WORK)
         return (*tried, short), f"{binaries:,} binaries: small enough for a short integer programme too"
     return tuple(tried), f"{binaries:,} binaries: too many for integer programmes"
+
+
+def _saves_copies(problem: Problem) -> bool:
+    """Whether a token is sent once to every GPU that holds any of its experts, and layers are small enough to part."""
+    once = problem.objective == STEP_TIME and KERNEL_OF_PHASE[problem.law.phase] == NORMAL
+    small = problem.num_experts <= MOST_PARTITIONED and problem.divides_evenly and not problem.whole_model
+    return once and small and problem.stats.sample is not None and problem.num_gpus > 1
 
 
 def divisible(problem: Problem) -> bool:
@@ -162,12 +185,36 @@ def _solve_auto(problem: Problem, limits: Limits, report: Report, floor: float) 
     for candidate in candidates:
         if not tried or not limits.stop.is_set():
             report.stage(str(candidate), load_solver(candidate.name).DESCRIPTION)
-            tried.append((candidate, _run(problem, candidate.name, candidate.limits(limits), report, floor)))
+            tried.append((candidate, _try(problem, candidate, limits, report, floor)))
     found = [entry for entry in tried if entry[1].placement is not None]
     within = [entry for entry in found if not _over_cap(problem, entry[1].placement).any()]
     chosen, best = min(within or found or tried[:1], key=lambda entry: entry[1].objective)
     note = f"auto tried {', '.join(str(candidate) for candidate, _ in tried)}; {chosen} is best ({why})"
     return finish(problem, best.replace(notes=(*best.notes, note), history=tuple(report.history)), floor)
+
+
+def _try(problem: Problem, candidate: Candidate, limits: Limits, report: Report, floor: float) -> Solution:
+    """Run one candidate; one that minimises copies is then valued by the problem's own objective."""
+    own = candidate.limits(limits)
+    if candidate.slack is None:
+        return _run(problem, candidate.name, own, report, floor)
+    plain = problem.replace(steps=None, risk=MEAN, baseline=None)
+    balanced = load_solver("balance").solve(plain.replace(objective=LOAD), limits.replace(options={}), Report())
+    cap = problem.load_cap
+    if balanced.placement is not None:
+        least = max_over_mean(balanced.placement, problem.stats.load) * (1 + TOLERANCE)
+        loose = least * (1 + candidate.slack)
+        cap = loose if cap is None else np.minimum(np.maximum(loose, least), cap)
+    parted = plain.replace(objective=COPIES, load_cap=cap, start=balanced.placement)
+    answer = _run(parted, candidate.name, own, report, objective_bound(parted))
+    if answer.placement is None:
+        return answer
+    value = objective_value(problem, answer.placement)
+    report.improved(str(candidate), value, bound=floor, unit=UNITS[problem.objective])
+    reason = StopReason.EXHAUSTED if answer.stop_reason is StopReason.PROVEN else answer.stop_reason
+    return answer.replace(
+        objective=value, unit=UNITS[problem.objective], bound=None, status=Status.FEASIBLE, stop_reason=reason
+    )
 
 
 def _solve_chain(problem: Problem, names: Sequence[str], limits: Limits, report: Report, floor: float) -> Solution:
