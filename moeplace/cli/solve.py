@@ -96,7 +96,7 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
     to standard error.
     """
     from moeplace.build import assumptions, build_problem, check_law, describe, trace_warnings
-    from moeplace.exporters import load_exporter
+    from moeplace.exporters import DEFAULT, Target, beside, check_room, load_exporter, suffix_for, write_placement
     from moeplace.exporters.native import document_of
     from moeplace.files import atomic_output
     from moeplace.front import trace_front
@@ -105,7 +105,7 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
     from moeplace.soundness import count_and_doubt
 
     check_paths([trace, options["baseline"]], output, keep=[trace])
-    exporter = load_exporter(options["output_format"])
+    exporter, suffix = load_exporter(options["output_format"]), suffix_for(options["output_format"], output)
     for name in options["solver"].split("+"):
         if name != "auto":
             load_solver(name)
@@ -123,6 +123,7 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
         check_law(source, requests=choices.batch_requests, tokens=choices.batch_tokens)
         stats, doubts = count_and_doubt(source, threads=options["threads"])
         problem = build_problem(source, choices, stats=stats)
+        check_room(options["output_format"], problem)
         said, noted = assumptions(problem, choices), trace_warnings(source, problem, doubts)
         if options["dry_run"]:
             check_cap(problem)
@@ -141,13 +142,16 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
         log.tail(solution, problem)
         document = document_of(problem, solution, limits, front)
         if file is not None:
-            exporter.write(document, file)
+            if options["output_format"] != DEFAULT and (kept := beside(target)):
+                write_placement(document, kept)
+                log.end(f"bound, terms and provenance written to {kept}")
+            exporter.write(document, file, Target(model=problem.model, num_gpus=problem.num_gpus), suffix)
     if file is None:
         log.end("not written: name a file with -o FILE, or send the output to a pipe or a file")
     elif target != "-":
         log.end(f"written to {output}")
         if options["as_json"]:
-            load_exporter("native").write(document, sys.stdout.buffer)
+            load_exporter(DEFAULT).write(document, sys.stdout.buffer, Target())
     _check_requirement(solution, options["require"])
     return EXIT_INTERRUPTED if limits.stop.is_set() else 0
 
