@@ -251,6 +251,8 @@ class SolveLog(Report):
             lines["objective"] = f"{number(solution.objective)} {solution.unit}; bound {bound}{gap}"
             worst = max_over_mean(solution.placement, problem.stats.load)
             lines["load max/mean"] = f"{worst.mean():.4f} mean over layers, {worst.max():.4f} worst"
+            figures = f"balancedness {(1 / worst).mean():.4f}, imbalance ratio {worst.mean() - 1:.4f}"
+            lines["load"] = f"{figures}, mean over layers (mean/max, and (max - mean)/mean)"
             for name, term in solution.terms.items():
                 if not name.startswith("load"):
                     label = TRAFFIC_WORDS.get(name, name.removesuffix("_us").replace("_", " "))

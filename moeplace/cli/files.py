@@ -56,7 +56,15 @@ def export_command(placement: str, output: str, output_format: str, **options: A
     PLACEMENT is of any format that can be read back. What is written is checked first by the rules of the stack:
     what it cannot express, would reject, or would accept and misread, is an error and leaves the output alone.
     """
-    from moeplace.exporters import Target, load_exporter, read_placement, suffix_for, target_of, write_placement
+    from moeplace.exporters import (
+        Target,
+        load_exporter,
+        loaded_by,
+        read_placement,
+        suffix_for,
+        target_of,
+        write_placement,
+    )
     from moeplace.report import write_json
 
     check_paths([placement], output)
@@ -70,21 +78,20 @@ def export_command(placement: str, output: str, output_format: str, **options: A
     warn(assumed, quiet=options["quiet"])
     if output == "-":
         return
+    redundant = document.placement.max_slots * document.placement.num_gpus - document.placement.num_experts
     told = {
         "schema": "moeplace/export/1",
         "format": output_format,
         "model": target.model.name if target.model else None,
         "num_gpus": document.placement.num_gpus,
-        "num_redundant_experts": document.placement.max_slots * target.num_gpus - document.placement.num_experts
-        if target.num_gpus
-        else None,
-        "loaded_by": exporter.FLAG,
+        "num_redundant_experts": redundant,
+        "loaded_by": loaded_by(output_format, output, redundant),
         "assumptions": list(assumed),
     }
     if options["as_json"]:
         write_json(told)
     elif exporter.FLAG and not options["quiet"]:
-        click.echo(f"loaded by {exporter.FLAG}", err=True)
+        click.echo(f"loaded by {told['loaded_by']}", err=True)
 
 
 def _assumed(layer_ids: tuple[int, ...]) -> tuple[str, ...]:
@@ -141,7 +148,11 @@ def _show(inspection: Inspection, target: Target, *, quiet: bool) -> None:
 @click.command("diff", epilog=DIFF_EPILOG)
 @click.argument("before", type=click.Path(allow_dash=True))
 @click.argument("after", type=click.Path(allow_dash=True))
-@option("--relabel", is_flag=True, help="Rename the GPUs of AFTER, inside nodes and whole nodes, so that least moves.")
+@option(
+    "--relabel",
+    is_flag=True,
+    help="Rename the GPUs of AFTER so that least moves: inside nodes, and whole nodes.",
+)
 @option("--output", "-o", type=click.Path(allow_dash=True), help="Where AFTER goes with its GPUs renamed; native.")
 @option("--schedule", is_flag=True, help="Find rounds of drops and loads that keep a copy of every expert throughout.")
 @option("--spare-slots", type=Whole(0), default=1, help="Copies a GPU can hold beyond its slots meanwhile, in all.")

@@ -56,6 +56,8 @@ def choices_of(options: dict[str, Any]) -> Choices:
         dispatch_dtype=options.get("dispatch_dtype"),
         combine_dtype=options.get("combine_dtype"),
         num_gpus=options.get("num_gpus"),
+        num_nodes=options.get("num_nodes"),
+        num_groups=options.get("num_groups"),
         redundant=options.get("num_redundant_experts"),
         slots_per_gpu=options.get("slots_per_gpu"),
         dataflow=options.get("dataflow") or "dispatch-combine",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Protocol
@@ -124,6 +125,12 @@ def check_room(format: str, problem: Problem) -> None:
             rule=f"{stack.name} has as many slots on every GPU, in every layer",
             hint=f"--num-redundant-experts {spare}, or another --format (native and csv take any placement)",
         )
+
+
+def loaded_by(format: str, path: str | Path, redundant: int) -> str:
+    """What makes the stack load a file, with its name and the number of redundant experts; empty where none does."""
+    flag = re.sub(r"\bR\b", str(redundant), load_exporter(format).FLAG)
+    return re.sub(r"(?<![A-Z_])FILE\b", lambda _: str(path), flag)
 
 
 def write_placement(

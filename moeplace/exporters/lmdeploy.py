@@ -18,7 +18,7 @@ from moeplace.exporters.native import PlacementFile
 
 DESCRIPTION = "LMDeploy's expert statistics: loads, a row per layer; it places the experts itself (.json)"
 SUFFIXES = (".json",)
-FLAG = "LMDEPLOY_EPLB_EXPERTS_STATISTIC_FILE=FILE LMDEPLOY_EPLB_NUM_REDUNDANT_EXPERTS=R … --enable-eplb"
+FLAG = "--enable-eplb with LMDEPLOY_EPLB_NUM_REDUNDANT_EXPERTS=R and LMDEPLOY_EPLB_EXPERTS_STATISTIC_FILE=FILE"
 STACK = Stack(
     name="LMDeploy",
     consequences={
