@@ -391,6 +391,7 @@ def test_json_of_every_command_is_sorted_and_repeats(shell: Shell) -> None:
         "convert": "convert t.npz u.jsonl --json",
         "synth": "synth olmoe-1b-7b --tokens 600 -o s.npz --json",
         "list": "list models --json",
+        "help": "help sglang --json",
         "doctor": "doctor --json",
     }
     assert list(lines) == list(COMMANDS)

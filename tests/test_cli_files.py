@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 
+import click
 import numpy as np
 import pytest
 from shell import Shell
 from strategies import dealt
 
-from moeplace.exporters import load_exporter, write_placement
+from moeplace.cli import cli
+from moeplace.cli.guides import guides
+from moeplace.exporters import list_placement_formats, load_exporter, write_placement
 from moeplace.model import load_model
 
 STACKS = ("sglang", "trtllm", "vllm-mapping", "vllm-expert-map", "vllm-ascend", "mindie", "omni-infer", "eplb", "csv")
@@ -132,3 +137,33 @@ def test_diff_renames_gpus_and_schedules(shell: Shell) -> None:
     assert "→" in out
     shell.fails("diff a.json b.json -o c.json", "give --relabel", code=2)
     shell.fails("diff a.json b.json --num-nodes 3", "8 GPUs on 3 nodes")
+
+
+def test_guides_name_options_and_formats_that_exist() -> None:
+    """Every command of a guide parses, and its format is one there is."""
+    for name, text in guides().items():
+        joined = re.sub(r"\n       (?=-)", " ", text)
+        lines = re.findall(r"^ +(moeplace .*)$", joined, re.M)
+        assert len(lines) >= 2, name
+        for line in lines:
+            words = shlex.split(line)[1:]
+            command = cli.get_command(click.Context(cli), words[0])
+            assert command is not None, line
+            context = click.Context(command, info_name=words[0], resilient_parsing=True)
+            values, _, _ = command.make_parser(context).parse_args(args=words[1:])
+            assert values.get("output_format", "native") in list_placement_formats(), line
+        assert all(len(line) <= 125 for line in text.splitlines()), name
+
+
+def test_help_lists_its_topics_and_suggests(shell: Shell) -> None:
+    """Topics in a list with what they are, one in full, a typo suggested."""
+    assert shell("help").out.startswith("lmdeploy ")
+    assert "--init-expert-location map.json" in shell("help sglang").out
+    shell.fails("help sglan", "did you mean sglang")
+
+
+def test_solve_says_when_layers_of_an_unknown_model_are_guessed(shell: Shell) -> None:
+    """A file for a stack is numbered by the trace where no model says how: that is said."""
+    line = "solve t.npz -s eplb --num-gpus 8 --format trtllm -o map.yaml"
+    assert "its MoE layers are taken to be the placement's, 0 to 2" in shell(line).err
+    assert "MoE layers are taken" not in shell("solve t.npz -s eplb --num-gpus 8 -o p.json").err

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -606,6 +607,7 @@ def test_tensors_that_disagree_and_records_of_other_versions_are_caught() -> Non
     assert kinds("vllm-mapping", {**tiny("vllm-mapping"), "version": 2}) == {"version"}
     assert kinds("vllm-mapping", {**tiny("vllm-mapping"), "num_redundant_experts": 1}) == {"width"}
     assert kinds("trtllm", {**tiny("trtllm"), "num_slots": 8}) == {"width"}
+    assert kinds("sglang", {"logical_count": [[1, 2, 3, 4]] * 5}) == {"loads"}
     assert kinds("lmdeploy", [[1, 2, 3, 4]] * 3) == {"layer-numbering"}
     assert kinds("lmdeploy", [[1, 2, 3]] * 5) == {"shape"}
     assert kinds("lmdeploy", [[1, 2, 3, -4]] * 5) == {"negative"}
@@ -648,6 +650,32 @@ def test_yaml_and_tensors_name_the_extra_they_need(monkeypatch: pytest.MonkeyPat
         written(document, "sglang", target, ".pt")
     with pytest.raises(MissingExtraError, match=r"moeplace\[torch\]"):
         parse_placement(b"PK\x03\x04data.pkl physical_to_logical_map", "file", target=target)
+
+
+def test_pt_files_are_loaded_as_weights_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One int64 tensor is saved; loading asks for weights_only, and anything beyond tensors is an input error."""
+    saved: dict[str, Any] = {}
+
+    def save(value: Any, file: io.BytesIO) -> None:
+        saved.update(value)
+        file.write(b"PK\x03\x04 data.pkl physical_to_logical_map")
+
+    def load(file: io.BytesIO, *, map_location: str, weights_only: bool) -> Any:
+        assert weights_only
+        if b"physical" not in file.read():
+            raise RuntimeError("Unsupported global")
+        return dict(saved)
+
+    fake = SimpleNamespace(int64="int64", tensor=lambda rows, dtype: np.array(rows, dtype), save=save, load=load)
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    model = load_model("deepseek-v3")
+    document, target = dealt(model, 32, 32), Target(model=model, num_gpus=32)
+    data = written(document, "sglang", target, ".pt")
+    assert list(saved) == ["physical_to_logical_map"]
+    assert saved["physical_to_logical_map"].shape == (61, 288)
+    assert parse_placement(data, "map.pt", target=target).placement.digest() == document.placement.digest()
+    with pytest.raises(InputError, match="Unsupported global"):
+        load_exporter("sglang").read(b"PK\x03\x04", "map.pt", target)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch")

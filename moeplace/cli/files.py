@@ -60,6 +60,7 @@ def export_command(placement: str, output: str, output_format: str, **options: A
         Target,
         load_exporter,
         loaded_by,
+        numbering_note,
         read_placement,
         suffix_for,
         target_of,
@@ -74,7 +75,7 @@ def export_command(placement: str, output: str, output_format: str, **options: A
     document = read_placement(placement, format=options["input_format"], target=asked)
     target = target_of(document, asked if asked.model else None)
     write_placement(document, output, format=output_format, target=Target(model=target.model))
-    assumed = () if target.model or output_format in ("native", "csv") else _assumed(document.layer_ids)
+    assumed = numbering_note(output_format, target.model, document.layer_ids)
     warn(assumed, quiet=options["quiet"])
     if output == "-":
         return
@@ -92,11 +93,6 @@ def export_command(placement: str, output: str, output_format: str, **options: A
         write_json(told)
     elif exporter.FLAG and not options["quiet"]:
         click.echo(f"loaded by {told['loaded_by']}", err=True)
-
-
-def _assumed(layer_ids: tuple[int, ...]) -> tuple[str, ...]:
-    ids = f"{layer_ids[0]} to {layer_ids[-1]}"
-    return (f"the model is unknown: its MoE layers are taken to be the placement's, {ids}; --model says",)
 
 
 @click.command("check", epilog=CHECK_EPILOG)

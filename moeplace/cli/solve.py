@@ -95,8 +95,17 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
     placement goes to -o, or to standard output when that is not a terminal (or with --json or --quiet); the log goes
     to standard error.
     """
-    from moeplace.build import assumptions, build_problem, check_law, describe, trace_warnings
-    from moeplace.exporters import DEFAULT, Target, beside, check_room, load_exporter, suffix_for, write_placement
+    from moeplace.build import assumptions, build_problem, check_law, describe, preset_for, trace_warnings
+    from moeplace.exporters import (
+        DEFAULT,
+        Target,
+        beside,
+        check_room,
+        load_exporter,
+        numbering_note,
+        suffix_for,
+        write_placement,
+    )
     from moeplace.exporters.native import document_of
     from moeplace.files import atomic_output
     from moeplace.front import trace_front
@@ -130,6 +139,8 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
             _show_plan(describe(problem), said, noted, as_json=options["as_json"])
             return 0
         log.head(describe(problem), said, noted)
+        known = problem.model if choices.model or preset_for(source.meta, source.meta.model_id) else None
+        noted += numbering_note(options["output_format"], known, source.meta.layer_ids)
         warn((*said, *noted), quiet=quiet or log.shown)
         limits = _limits(options)
         with _stop_on_interrupt(limits.stop):

@@ -20,6 +20,8 @@ from moeplace.exporters._faults import Stack as Stack
 from moeplace.exporters._faults import Target as Target
 from moeplace.exporters.native import PlacementFile, document_of
 from moeplace.files import atomic_output, open_input
+from moeplace.model import ModelSpec, load_model
+from moeplace.presets import is_path
 from moeplace.problem import Problem
 from moeplace.solution import Limits, Solution
 
@@ -133,6 +135,14 @@ def loaded_by(format: str, path: str | Path, redundant: int) -> str:
     return re.sub(r"(?<![A-Z_])FILE\b", lambda _: str(path), flag)
 
 
+def numbering_note(format: str, model: ModelSpec | None, layer_ids: Sequence[int]) -> tuple[str, ...]:
+    """What is assumed of layers where no model says which of them have experts; nothing for formats of our own."""
+    if model is not None or format in (DEFAULT, "csv"):
+        return ()
+    ids = f"{layer_ids[0]} to {layer_ids[-1]}"
+    return (f"the model is unknown: its MoE layers are taken to be the placement's, {ids}; --model says",)
+
+
 def write_placement(
     document: PlacementFile, path: str | Path, *, format: str = DEFAULT, target: Target | None = None
 ) -> None:
@@ -171,20 +181,18 @@ def write(
 
 def target_of(document: PlacementFile, target: Target | None = None) -> Target:
     """What a placement is for: the model given or named in its file, and its own GPUs and slots."""
-    from moeplace.model import load_model
-    from moeplace.presets import is_path
-
-    model = target.model if target else None
+    placement, model = document.placement, target.model if target else None
     told = document.details.get("model")
     name = told.get("name") if isinstance(told, dict) else None
     if model is None and isinstance(name, str) and not is_path(name):
         try:
-            model = load_model(name)
+            named = load_model(name)
         except InputError:
-            model = None
-    placement = document.placement
-    if model is not None and target is None and model.num_experts != placement.num_experts:
-        model = None
+            named = None
+        # a name is a hint: a small model of one's own may bear that of a large one
+        shape = (placement.num_experts, placement.num_layers)
+        if named is not None and (named.num_experts, named.num_moe_layers) == shape:
+            model = named
     return Target(model=model, num_gpus=placement.num_gpus)
 
 

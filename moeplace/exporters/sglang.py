@@ -33,6 +33,7 @@ STACK = Stack(
     name="SGLang 0.5.23",
     consequences={
         "unknown-key": "SGLang stops at start with TypeError: its loader takes no key but physical_to_logical_map",
+        "loads": "SGLang makes a placement itself, by its --eplb-algorithm",
         "missing-key": "SGLang stops at start with NotImplementedError: Unknown init_expert_location format",
         "type": "SGLang stops at start: the map is turned into one tensor of integers",
         "ragged": "SGLang stops at start with ValueError: the map is turned into one tensor",
@@ -103,6 +104,9 @@ def _rows(document: PlacementFile, target: Target) -> list[list[int]]:
 
 def _inspected(value: Any, target: Target) -> Inspection:
     inspection = Inspection(STACK, target)
+    if isinstance(value, dict) and "logical_count" in value and KEY not in value:
+        inspection.say("loads", "holds logical_count, loads of experts, and no map", f"the map is {KEY}")
+        return inspection
     if not an_object(value, inspection) or not inspection.keys(value, [KEY], [KEY], strict=True):
         return inspection
     rows = value[KEY]
