@@ -176,6 +176,19 @@ def schedule_files(
     )
 
 
+def rename_sentences(*files: PlacementFile) -> tuple[str, ...]:
+    """Say where renaming GPUs changes what a placement costs: on networks whose GPUs are not all alike."""
+    names = dict.fromkeys(told[0] for file in files if (told := _topology_of(file)) is not None)
+    for name in names:
+        try:
+            topology = load_topology(name)
+        except InputError:
+            continue
+        if topology.link_gb_per_s:
+            return (f"GPUs of {name} are not alike: renaming them changes the traffic; score the renamed placement",)
+    return ()
+
+
 def nodes_of(*files: PlacementFile) -> int:
     """Nodes that the first file to say so names; 1 where none does."""
     for file in files:

@@ -148,7 +148,7 @@ def _drops(held: Ints, goal: Ints) -> Ints:
     """``[drop, 3]`` layer, expert, GPU of every copy that may go, one copy of each expert always staying."""
     total = held.sum(axis=1)
     rows = []
-    for layer, gpu, expert in np.argwhere(held > goal).tolist():
+    for layer, gpu, expert in np.argwhere((held > goal) & (total[:, None] > 1)).tolist():
         number = min(int(held[layer, gpu, expert] - goal[layer, gpu, expert]), int(total[layer, expert]) - 1)
         total[layer, expert] -= number
         rows += [(layer, expert, gpu)] * number
@@ -162,8 +162,9 @@ def _loads(held: Ints, goal: Ints, slots: Ints, spare_slots: int) -> Ints:
     rows: list[tuple[int, int, int]] = []
     waits: npt.NDArray[np.bool_] = np.any(held < goal, axis=2)
     for layer in np.flatnonzero(waits.any(axis=1)).tolist():
-        if not ((used[layer] < slots) | (buffer > 0))[waits[layer]].any():
-            continue  # no room left for it in this round
+        room = (used[layer] < slots)[waits[layer]].any()
+        if not room and (buffer[waits[layer]] > 0).sum() < 2:
+            continue  # no room left in this round, nor for a cycle
         waiting: dict[int, list[int]] = {}  # expert → GPUs that wait for a copy
         last: dict[int, list[int]] = {}  # GPU → experts of which it must hand on the last copy
         for gpu, expert in np.argwhere(held[layer] < goal[layer]).tolist():

@@ -135,6 +135,9 @@ def test_diff_renames_gpus_and_schedules(shell: Shell) -> None:
     out = shell("diff a.json b.json --relabel --schedule --spare-slots 2").out
     assert "rounds with 2 spare slots per GPU" in out
     assert "→" in out
+    assert "are not alike" not in shell("diff a.json b.json --relabel").err
+    shell("solve t.npz -q -s linear -t torus:2x4 -o d.json")
+    assert "GPUs of torus:2x4 are not alike" in shell("diff d.json d.json --relabel").err
     shell.fails("diff a.json b.json -o c.json", "give --relabel", code=2)
     shell.fails("diff a.json b.json --num-nodes 3", "8 GPUs on 3 nodes")
 

@@ -161,7 +161,7 @@ def diff_command(before: str, after: str, **options: Any) -> None:
 
     Placement files may be of any format that can be read back. Without --relabel GPUs keep their numbers.
     """
-    from moeplace.contest import compare_files, read_files, schedule_files
+    from moeplace.contest import compare_files, read_files, rename_sentences, schedule_files
     from moeplace.exporters import write_placement
     from moeplace.report import diff_table, schedule_table, write_json
 
@@ -171,6 +171,7 @@ def diff_command(before: str, after: str, **options: Any) -> None:
     first, second = read_files([before, after], target_for(options), format=options["input_format"])
     nodes = options["num_nodes"]
     change = compare_files(first, second, model=options["model"], num_nodes=nodes, relabel=options["relabel"])
+    warn(rename_sentences(second, first) if options["relabel"] else (), quiet=options["quiet"])
     schedule = None
     if options["schedule"]:
         schedule = schedule_files(first, second, change, spare_slots=options["spare_slots"], num_nodes=nodes)
