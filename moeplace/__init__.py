@@ -26,16 +26,21 @@ if TYPE_CHECKING:
     from moeplace.calibration import read_compute_table as read_compute_table
     from moeplace.comparison import compare as compare
     from moeplace.corpus import count_parts as count_parts
+    from moeplace.diff import compare_placements as compare_placements
     from moeplace.engines import DaskCluster as DaskCluster
     from moeplace.engines import Processes as Processes
     from moeplace.engines import Run as Run
     from moeplace.errors import MoeplaceError as MoeplaceError
     from moeplace.execution import Execution as Execution
+    from moeplace.exporters import Target as Target
+    from moeplace.exporters import check_placement as check_placement
     from moeplace.exporters import read_placement as read_placement
     from moeplace.exporters import write as write
+    from moeplace.exporters import write_placement as write_placement
     from moeplace.front import trace_front as trace_front
     from moeplace.hardware import Accelerator as Accelerator
     from moeplace.hardware import load_accelerator as load_accelerator
+    from moeplace.migration import schedule_moves as schedule_moves
     from moeplace.model import ModelSpec as ModelSpec
     from moeplace.model import load_model as load_model
     from moeplace.parts import parted as parted
@@ -74,12 +79,14 @@ _HOMES = {
     "calibration": ("calibrate", "read_compute_table"),
     "comparison": ("compare",),
     "corpus": ("count_parts",),
+    "diff": ("compare_placements",),
     "engines": ("DaskCluster", "Processes", "Run"),
     "errors": ("MoeplaceError",),
     "execution": ("Execution",),
-    "exporters": ("read_placement", "write"),
+    "exporters": ("Target", "check_placement", "read_placement", "write", "write_placement"),
     "front": ("trace_front",),
     "hardware": ("Accelerator", "load_accelerator"),
+    "migration": ("schedule_moves",),
     "model": ("ModelSpec", "load_model"),
     "parts": ("parted",),
     "placement": ("Placement",),

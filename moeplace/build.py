@@ -46,8 +46,10 @@ class Choices:
         CSV file of measured expert GEMMs that the accelerator's compute constants are fitted to.
     dispatch_dtype, combine_dtype
         ``fp8`` or ``bf16``: what activations are sent as, to experts and back.
-    num_gpus
-        Must agree with the topology, or alone means one scale-up domain.
+    num_gpus, num_nodes
+        Must agree with the topology; without one, GPUs alone mean one scale-up domain, and nodes a scale-out network.
+    num_groups
+        Groups that experts are split into for hierarchical EPLB, in place of the model's own.
     redundant, slots_per_gpu
         Redundant experts per layer in total, or slots per GPU and layer.
     dataflow, objective, copies_level, whole_model
@@ -71,6 +73,8 @@ class Choices:
     dispatch_dtype: str | None = None
     combine_dtype: str | None = None
     num_gpus: int | None = None
+    num_nodes: int | None = None
+    num_groups: int | None = None
     redundant: int | None = None
     slots_per_gpu: int | None = None
     dataflow: str = DISPATCH_COMBINE
@@ -123,6 +127,8 @@ def build_problem(
     choices = choices or Choices(**more)
     check_law(source, requests=choices.batch_requests, tokens=choices.batch_tokens)
     model = sent_as(model_for(source.meta, choices.model), choices)
+    if choices.num_groups is not None:  # a token may still use any of them: only EPLB goes by these groups
+        model = model.replace(num_groups=choices.num_groups, groups_per_token=0)
     stats = count_routing(source, threads=threads) if stats is None else stats
     topology, _ = measured(topology_for(choices, stats), model, choices)
     slots = slots_for(
@@ -218,8 +224,17 @@ def topology_for(choices: Choices, stats: RoutingStats | None = None) -> Topolog
         The number of GPUs disagrees with the topology.
     """
     ranks = len(stats.source_load) if stats is not None and stats.source_load is not None else DEFAULT_GPUS
-    spec = choices.topology or f"scale-up:{choices.num_gpus or ranks}"
+    gpus, nodes = choices.num_gpus or ranks, choices.num_nodes or 1
+    if choices.topology is None and gpus % nodes:
+        raise ProblemError(f"{gpus} GPUs on {nodes} nodes", rule="every node has as many GPUs", hint="--num-gpus")
+    spec = choices.topology or (f"scale-out:{nodes}x{gpus // nodes}" if nodes > 1 else f"scale-up:{gpus}")
     topology = load_topology(spec, accelerator=choices.accelerator)
+    if choices.num_nodes not in (None, topology.num_nodes):
+        raise ProblemError(
+            f"{choices.num_nodes} nodes on {topology.name}",
+            rule=f"{topology.name} has {topology.num_nodes}",
+            hint="leave one of --num-nodes and --topology out",
+        )
     if choices.num_gpus is not None and choices.num_gpus != topology.num_gpus:
         raise ProblemError(
             f"{choices.num_gpus} GPUs on {topology.name}",

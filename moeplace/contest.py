@@ -19,8 +19,9 @@ from moeplace.build import (
 )
 from moeplace.diff import Change, compare_placements
 from moeplace.errors import InputError, ProblemError, UnknownNameError, unknown_name
-from moeplace.exporters import read_placement
+from moeplace.exporters import Target, load_bytes, parse_placement
 from moeplace.exporters.native import PlacementFile
+from moeplace.migration import Schedule, schedule_moves
 from moeplace.model import ModelSpec, load_model
 from moeplace.placement import Placement
 from moeplace.problem import slots_for
@@ -86,7 +87,7 @@ def build_contest(
     """
     choices = choices or Choices()
     check_law(source, requests=choices.batch_requests, tokens=choices.batch_tokens, batches=batches)
-    files = _load(names)
+    files = _load(names, _target(source.meta, choices, topologies))
     known = [file for file in files.values() if file is not None]
     places, said = _topologies(topologies, choices, known)
     model = sent_as(_model(source.meta, choices.model, known, said), choices)
@@ -109,15 +110,93 @@ def _trace_digest(file: PlacementFile) -> str:
     return str(provenance.get("trace_digest", "")) if isinstance(provenance, dict) else ""
 
 
-def compare_files(before: PlacementFile, after: PlacementFile, *, model: str | None = None) -> Change:
-    """Compare two placement files; bytes are those of ``model``, else of the preset the second file names."""
-    spec = load_model(model) if model is not None else _preset_of(after)
+def read_files(paths: Sequence[str], target: Target | None = None, *, format: str | None = None) -> list[PlacementFile]:
+    """Read placement files that belong together: those that do not say how many GPUs there are have as many as others.
+
+    Raises
+    ------
+    InputError
+        A file cannot be read, or no file and no ``target`` says how many GPUs there are.
+    """
+    target = target or Target()
+    contents = [load_bytes(path) for path in paths]
+    files: dict[int, PlacementFile] = {}
+    failed: dict[int, InputError] = {}
+    for place, (path, data) in enumerate(zip(paths, contents, strict=True)):
+        try:
+            files[place] = parse_placement(data, path, format=format, target=target)
+        except InputError as error:
+            failed[place] = error
+    gpus = {file.placement.num_gpus for file in files.values()}
+    if failed and (target.num_gpus is not None or len(gpus) != 1):
+        raise next(iter(failed.values()))
+    for place in failed:
+        told = replace(target, num_gpus=next(iter(gpus)))
+        files[place] = parse_placement(contents[place], paths[place], format=format, target=told)
+    return [files[place] for place in range(len(paths))]
+
+
+def compare_files(
+    before: PlacementFile,
+    after: PlacementFile,
+    *,
+    model: str | None = None,
+    num_nodes: int | None = None,
+    relabel: bool = False,
+) -> Change:
+    """Compare two placement files; bytes are those of ``model``, else of the preset a file names."""
+    spec = load_model(model) if model is not None else _preset_of(after) or _preset_of(before)
     return compare_placements(
         before.placement,
         after.placement,
         layer_ids=after.layer_ids,
         expert_bytes=None if spec is None else float(spec.expert_weight_bytes),
+        num_nodes=num_nodes or nodes_of(after, before),
+        relabel=relabel,
     )
+
+
+def schedule_files(
+    before: PlacementFile,
+    after: PlacementFile,
+    change: Change,
+    *,
+    spare_slots: int = 1,
+    num_nodes: int | None = None,
+) -> Schedule:
+    """Find rounds that make a change happen, its GPUs renamed if they were for it."""
+    goal = after.placement if change.order is None else after.placement.permute_gpus(change.order)
+    return schedule_moves(
+        before.placement,
+        goal,
+        spare_slots=spare_slots,
+        num_nodes=num_nodes or nodes_of(after, before),
+        layer_ids=change.layer_ids,
+        expert_bytes=change.expert_bytes,
+    )
+
+
+def rename_sentences(*files: PlacementFile) -> tuple[str, ...]:
+    """Say where renaming GPUs changes what a placement costs: on networks whose GPUs are not all alike."""
+    names = dict.fromkeys(told[0] for file in files if (told := _topology_of(file)) is not None)
+    for name in names:
+        try:
+            topology = load_topology(name)
+        except InputError:
+            continue
+        if topology.link_gb_per_s:
+            return (f"GPUs of {name} are not alike: renaming them changes the traffic; score the renamed placement",)
+    return ()
+
+
+def nodes_of(*files: PlacementFile) -> int:
+    """Nodes that the first file to say so names; 1 where none does."""
+    for file in files:
+        told = file.details.get("topology")
+        nodes = told.get("num_nodes") if isinstance(told, dict) else None
+        if type(nodes) is int and nodes > 0 and file.placement.num_gpus % nodes == 0:
+            return nodes
+    return 1
 
 
 def fit_sentences(contest: Contest, scores: Sequence[Score]) -> tuple[str, ...]:
@@ -142,9 +221,18 @@ def score_sentences(scores: Sequence[Score], source: TraceStream | Counts, choic
     return tuple(line for phase, _, _ in laws for line in law_sentences(first[phase], **asked))
 
 
-def _load(names: Sequence[str]) -> dict[str, PlacementFile | None]:
+def _target(meta: TraceMeta, choices: Choices, topologies: Sequence[str]) -> Target:
+    """What placement files are of that do not say: the trace's model, the GPUs of the topologies."""
+    gpus = choices.num_gpus
+    if gpus is None and topologies:
+        gpus = topology_for(replace(choices, topology=topologies[0])).num_gpus
+    return Target(model=model_for(meta, choices.model), num_gpus=gpus)
+
+
+def _load(names: Sequence[str], target: Target) -> dict[str, PlacementFile | None]:
     """Label → file; None for names computed from the trace's shape. Labels are file names, made unique."""
-    loaded: dict[str, PlacementFile | None] = {}
+    labels: dict[str, str] = {}
+    files: list[str] = []
     for name in names:
         built_in = name in BUILT_IN and not Path(name).exists()
         if not built_in and name != "-" and not Path(name).suffix and not Path(name).exists():
@@ -152,11 +240,13 @@ def _load(names: Sequence[str]) -> dict[str, PlacementFile | None]:
                 unknown_name("placement", name, BUILT_IN) if "/" not in name else InputError("no such file", where=name)
             )
         label = name if built_in or name == "-" else Path(name).stem
-        label = name if label in loaded else label
-        if label in loaded:
+        label = name if label in labels else label
+        if label in labels:
             raise InputError(f"placement {name} is given twice", rule="each is scored once")
-        loaded[label] = None if built_in else read_placement(name)
-    return loaded
+        labels[label] = name
+        files += [] if built_in else [name]
+    read = dict(zip(files, read_files(files, target), strict=True))
+    return {label: read.get(name) for label, name in labels.items()}
 
 
 def _topologies(

@@ -72,10 +72,10 @@ def _section(name: str, text: str = "") -> None:
 
 
 def _write_load(summary: TraceSummary) -> None:
-    rows = [["layer", "max/mean", "CV", "Gini", "top 10 %", "GPU max/mean", "balancedness"]]
+    rows = [["layer", "max/mean", "CV", "Gini", "top 10 %", "GPU max/mean", "balancedness", "imbalance"]]
     for row in summary.layers:
         figures = (row.expert_max_over_mean, row.variation, row.gini)
-        gpus = (row.gpu_max_over_mean, row.gpu_balancedness)
+        gpus = (row.gpu_max_over_mean, row.gpu_balancedness, row.gpu_max_over_mean - 1)
         cells = [*[f"{x:.2f}" for x in figures], f"{row.top_expert_share:.1%}", *[f"{x:.3f}" for x in gpus]]
         rows.append([str(row.layer_id), *cells])
     write_table(rows, right=range(len(rows[0])))

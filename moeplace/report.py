@@ -16,11 +16,13 @@ from rich.text import Text
 from moeplace.diff import Change, move_terms
 from moeplace.front import Front
 from moeplace.metrics import max_over_mean
+from moeplace.migration import Schedule
 from moeplace.problem import Problem
 from moeplace.solution import Incumbent, Report, Solution, relative_gap
 
 GAP_BETWEEN = "  "
 LOG_EVERY_S = 0.5
+BUSIEST_LINKS = 12  # shown; a document has all
 MIN_TEXT_WIDTH = 24
 STATUS_WORDS = {
     "optimal": "optimal: no placement is better",
@@ -249,6 +251,8 @@ class SolveLog(Report):
             lines["objective"] = f"{number(solution.objective)} {solution.unit}; bound {bound}{gap}"
             worst = max_over_mean(solution.placement, problem.stats.load)
             lines["load max/mean"] = f"{worst.mean():.4f} mean over layers, {worst.max():.4f} worst"
+            figures = f"balancedness {(1 / worst).mean():.4f}, imbalance ratio {worst.mean() - 1:.4f}"
+            lines["load"] = f"{figures}, mean over layers (mean/max, and (max - mean)/mean)"
             for name, term in solution.terms.items():
                 if not name.startswith("load"):
                     label = TRAFFIC_WORDS.get(name, name.removesuffix("_us").replace("_", " "))
@@ -316,14 +320,46 @@ def _moves(problem: Problem, solution: Solution) -> dict[str, str]:
 
 
 def diff_table(change: Change) -> None:
-    """Write what moves, per GPU."""
+    """Write what moves, per GPU and over the busiest pairs of GPUs."""
     out = console()
     share = change.moved_copies / change.num_copies
     volume = "" if change.moved_bytes is None else f", {change.moved_bytes / 1e9:,.2f} GB"
-    say(f"{change.moved_copies:,} of {change.num_copies:,} copies move ({share:.1%}){volume}", out)
+    renamed = "" if change.order is None else ", GPUs renamed"
+    say(f"{change.moved_copies:,} of {change.num_copies:,} copies move ({share:.1%}){volume}{renamed}", out)
+    if change.order is not None and (change.order != range(len(change.order))).any():
+        say(f"GPU of AFTER that each GPU takes on: {' '.join(map(str, change.order))}", out)
     arriving, leaving = change.arriving.sum(axis=0), change.leaving.sum(axis=0)
     if not arriving.any() and not leaving.any():
         return
-    rows = [["GPU", "arriving", "leaving"]]
-    rows += [[str(gpu), f"{new:,}", f"{old:,}"] for gpu, (new, old) in enumerate(zip(arriving, leaving, strict=True))]
-    write_table(rows, right=range(3))
+    each = change.expert_bytes
+    rows = [["GPU", "arriving", "leaving", *([] if each is None else ["arriving [GB]"])]]
+    for gpu, (new, old) in enumerate(zip(arriving, leaving, strict=True)):
+        rows.append([str(gpu), f"{new:,}", f"{old:,}", *_gigabytes(int(new), each)])
+    write_table(rows, right=range(len(rows[0])))
+    links = change.links()
+    if links:
+        say("", out)
+        rows = [["link", "copies", *([] if each is None else ["GB"])]]
+        rows += [[f"{a} → {b}", f"{count:,}", *_gigabytes(count, each)] for a, b, count in links[:BUSIEST_LINKS]]
+        write_table(rows, right=range(1, len(rows[0])))
+    if len(links) > BUSIEST_LINKS:
+        say(f"and {len(links) - BUSIEST_LINKS:,} more pairs of GPUs (--json lists all)", out)
+
+
+def schedule_table(schedule: Schedule) -> None:
+    """Write how many rounds a change takes, and what each of the first ones does."""
+    out, each = console(), schedule.expert_bytes
+    spare = f"{schedule.spare_slots} spare {'slot' if schedule.spare_slots == 1 else 'slots'} per GPU"
+    say(f"\n{len(schedule.rounds):,} rounds with {spare}; every expert keeps a copy throughout", out)
+    rows = [["round", "drops", "loads", "busiest GPU loads", *([] if each is None else ["busiest GPU loads [GB]"])]]
+    for number_of, one in enumerate(schedule.rounds[:BUSIEST_LINKS]):
+        most = schedule.busiest_of(one)
+        counts = [f"{count:,}" for count in (len(one.drops), len(one.loads), most)]
+        rows.append([str(number_of), *counts, *_gigabytes(most, each)])
+    write_table(rows, right=range(len(rows[0])))
+    if len(schedule.rounds) > BUSIEST_LINKS:
+        say(f"and {len(schedule.rounds) - BUSIEST_LINKS:,} more rounds (--json lists every copy)", out)
+
+
+def _gigabytes(copies: int, each: float | None) -> list[str]:
+    return [] if each is None else [f"{copies * each / 1e9:,.2f}"]

@@ -139,6 +139,8 @@ def _score_rows(group: Sequence[Score], *, naive: bool) -> list[list[str]]:
         totals = [sum(getattr(row, f"{part}_us") for row in e.simulation.layers) for e in group]
         rows.append([f"{part} [µs]", *[f"{total:,.1f}" for total in totals]])
     rows.append(["load max/mean, trace", *[f"{e.max_over_mean.mean():.4f}" for e in group]])
+    rows.append(["balancedness, trace", *[f"{(1 / e.max_over_mean).mean():.4f}" for e in group]])
+    rows.append(["imbalance ratio, trace", *[f"{e.max_over_mean.mean() - 1:.4f}" for e in group]])
     rows.append(["load max/mean, step", *[f"{e.step_max_over_mean:.4f}" for e in group]])
     rows.append(["noise floor", *[f"{e.simulation.noise_floor:.4f}" for e in group]])
     rows.append(["excess over it", *[f"{e.excess:.4f}" for e in group]])

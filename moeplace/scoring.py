@@ -91,6 +91,7 @@ class Score:
                 "max_over_mean_median": _round(np.median(ratio)),
                 "max_over_mean_worst": _round(ratio.max()),
                 "balancedness": _round((1 / ratio).mean()),
+                "imbalance_ratio": _round(ratio.mean() - 1),
                 "step_max_over_mean_mean": _round(self.step_max_over_mean),
                 "step_max_over_mean": {
                     name: _estimate(value) for name, value in summarise(run.step_max_over_mean).items()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moeplace.affinity import count_routing
 from moeplace.batches import BatchLaw
+from moeplace.exporters.native import PlacementFile
 from moeplace.model import ModelSpec
 from moeplace.placement import EMPTY, Placement
 from moeplace.problem import Problem, slots_for
@@ -118,6 +119,20 @@ def placements(draw: st.DrawFn, *, layers: int | None = None, experts: int | Non
     room = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
     room[0] += max(0, number - sum(room))
     return random_placement(draw(st.integers(0, 10**6)), room, layers or draw(st.integers(1, 3)), number)
+
+
+def dealt(model: ModelSpec, gpus: int, redundant: int, seed: int = 0) -> PlacementFile:
+    """A random placement without empty slots and without two copies on a GPU."""
+    rng = np.random.default_rng(seed)
+    experts, width = model.num_experts, (model.num_experts + redundant) // gpus
+    slots = np.zeros((model.num_moe_layers, gpus, width), np.int64)
+    for layer in slots:
+        # neighbours in this order are dealt to different GPUs, and copies stand beside each other
+        order = np.sort(np.concatenate([np.arange(experts), rng.permutation(experts)[:redundant]]))
+        layer[:] = rng.permutation(experts)[order].reshape(width, gpus).T
+    placement = Placement(slots=slots, num_experts=experts)
+    details = {"model": {"name": model.name, "num_experts": experts, "num_moe_layers": model.num_moe_layers}}
+    return PlacementFile(placement=placement, layer_ids=model.moe_layer_ids, details=details)
 
 
 def small_model(layers: int = 2, experts: int = 6, top_k: int = 2, **changes: Any) -> ModelSpec:

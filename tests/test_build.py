@@ -23,6 +23,7 @@ from moeplace.build import (
     law_sentences,
     model_for,
     plural,
+    topology_for,
 )
 from moeplace.contest import build_contest, compare_files, score_sentences
 from moeplace.errors import InputError, ProblemError, UnknownNameError
@@ -228,3 +229,20 @@ def test_a_topology_that_cannot_be_rebuilt_is_asked_for(files: Path) -> None:
         with pytest.raises(ProblemError, match="cannot be rebuilt"):
             build_contest(TRACE, ["odd.json"])
         assert build_contest(TRACE, ["odd.json"], topologies=["scale-up:4"]).topologies[0].name == "scale-up:4"
+
+
+def test_gpus_on_nodes_are_a_scale_out_network() -> None:
+    """GPUs and nodes name a topology; nodes that do not divide, or that a named topology has not, are told."""
+    assert topology_for(Choices(num_gpus=8, num_nodes=2)).name == "scale-out:2x4"
+    assert topology_for(Choices(num_gpus=8, num_nodes=1)).name == "scale-up:8"
+    with pytest.raises(ProblemError, match="8 GPUs on 3 nodes"):
+        topology_for(Choices(num_gpus=8, num_nodes=3))
+    with pytest.raises(ProblemError, match="scale-out:2x4 has 2"):
+        topology_for(Choices(topology="scale-out:2x4", num_nodes=4))
+
+
+def test_groups_of_eplb_may_be_said(small_trace: Trace) -> None:
+    """They take the place of the model's groups, and must divide the experts."""
+    assert moeplace.build_problem(small_trace, num_groups=3, num_gpus=2).model.num_groups == 3
+    with pytest.raises(ProblemError, match="6 experts in 4 groups"):
+        moeplace.build_problem(small_trace, num_groups=4, num_gpus=2)

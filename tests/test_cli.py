@@ -385,10 +385,13 @@ def test_json_of_every_command_is_sorted_and_repeats(shell: Shell) -> None:
         "score": "score t.npz p.json linear --json --batches 5",
         "compare": "compare t.npz -s linear,eplb --num-gpus 2 --seeds 2 --batches 5 --json",
         "stats": "stats t.npz --json",
+        "export": "export p.json --format vllm-ascend -o a.json --json",
+        "check": "check a.json --num-gpus 8 --json",
         "diff": "diff p.json p.json --json",
         "convert": "convert t.npz u.jsonl --json",
         "synth": "synth olmoe-1b-7b --tokens 600 -o s.npz --json",
         "list": "list models --json",
+        "help": "help sglang --json",
         "doctor": "doctor --json",
     }
     assert list(lines) == list(COMMANDS)

@@ -36,6 +36,11 @@ def test_a_change_counted_by_hand() -> None:
         "moved_bytes": 30.0,
         "arriving_per_gpu": [1, 2],
         "leaving_per_gpu": [1, 1],
+        "links": [
+            {"from": 0, "to": 1, "moved_copies": 2, "moved_bytes": 20.0},
+            {"from": 1, "to": 0, "moved_copies": 1, "moved_bytes": 10.0},
+        ],
+        "relabelled": None,
         "per_layer": [{"layer": 3, "moved_copies": 2}, {"layer": 5, "moved_copies": 1}],
     }
 

@@ -43,6 +43,7 @@ def test_every_table_has_a_row_per_layer(capsys: pytest.CaptureFixture[str]) -> 
         f"{first.top_expert_share:.1%}",
         f"{first.gpu_max_over_mean:.3f}",
         f"{first.gpu_balancedness:.3f}",
+        f"{first.gpu_max_over_mean - 1:.3f}",
     ]
     assert [len(line.split()[1]) for line in parts["heat"][-2:]] == [6, 6]
     assert parts["affinity"][-2].split()[1:4] == [

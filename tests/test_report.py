@@ -172,5 +172,6 @@ def test_diff_tables_name_gpus_only_where_something_moves(capsys: pytest.Capture
     diff_table(compare_placements(one, other, expert_bytes=1e9))
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"\d+ of 12 copies move \([\d.]+%\), \d+\.00 GB", lines[0])
-    assert lines[1].split() == ["GPU", "arriving", "leaving"]
-    assert len(lines) == 4
+    assert lines[1].split() == ["GPU", "arriving", "leaving", "arriving", "[GB]"]
+    assert len([line for line in lines if re.match(r" *[01] +\d", line)]) == 2
+    assert any("link" in line for line in lines)

@@ -57,7 +57,7 @@ def test_the_document_has_the_contracts_keys(small_trace: Trace) -> None:
             assert set(estimate) == {"value", "interval"}
             low, high = estimate["interval"]
             assert low <= estimate["value"] <= high
-        load = {"max_over_mean_mean", "max_over_mean_median", "max_over_mean_worst", "balancedness"}
+        load = {"max_over_mean_mean", "max_over_mean_median", "max_over_mean_worst", "balancedness", "imbalance_ratio"}
         assert set(entry["load"]) == load | {"step_max_over_mean_mean", "step_excess_over_noise_floor"}
         assert set(entry["traffic"]) == {
             "cross_gpu_share",
@@ -78,6 +78,7 @@ def test_load_and_traffic_are_of_the_whole_trace(small_trace: Trace) -> None:
     assert entry["load"]["max_over_mean_median"] == pytest.approx(np.median(ratio))
     assert entry["load"]["max_over_mean_worst"] == pytest.approx(ratio.max())
     assert entry["load"]["balancedness"] == pytest.approx((1 / ratio).mean())
+    assert entry["load"]["imbalance_ratio"] == pytest.approx((ratio - 1).mean())
     assert [row["trace_max_over_mean"] for row in entry["per_layer"]] == pytest.approx(ratio.tolist())
     expected = traffic_metrics(stats, ONE, PLACE)
     assert entry["traffic"] == pytest.approx({name: getattr(expected, name) for name in expected.__slots__})

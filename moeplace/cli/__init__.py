@@ -24,10 +24,13 @@ COMMANDS = {
     "score": ("moeplace.cli.score", "Judge placements on a trace: step-time tails, load, traffic."),
     "compare": ("moeplace.cli.compare", "Compare solvers: fit, judge on the rest, over seeds and topologies."),
     "stats": ("moeplace.cli.stats", "Show what a routing trace says."),
-    "diff": ("moeplace.cli.score", "Compare two placements: what moves, and how much."),
+    "export": ("moeplace.cli.files", "Write a placement in the form a serving stack loads."),
+    "check": ("moeplace.cli.files", "Check a placement file by the rules of the stack that loads it."),
+    "diff": ("moeplace.cli.files", "Compare two placements: what moves, from where, in what order."),
     "convert": ("moeplace.cli.convert", "Turn a trace into another native format, or a part of it."),
     "synth": ("moeplace.cli.synth", "Make a synthetic trace in the shape of a model."),
     "list": ("moeplace.cli.info", "List solvers, topologies, models, accelerators or formats."),
+    "help": ("moeplace.cli.guides", "Tell how to record, place and load with a serving stack."),
     "doctor": ("moeplace.cli.info", "Show versions and what this machine can run."),
 }
 EPILOG = """\b

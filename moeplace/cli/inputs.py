@@ -11,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from moeplace.build import Choices
+    from moeplace.exporters import Target
     from moeplace.trace import Counts, TraceStream
 
 
@@ -44,7 +45,9 @@ def choices_of(options: dict[str, Any]) -> Choices:
     from moeplace.build import Choices
     from moeplace.exporters import read_placement
 
-    baseline = read_placement(options["baseline"]).placement if options.get("baseline") else None
+    baseline = None
+    if options.get("baseline"):
+        baseline = read_placement(options["baseline"], target=target_for(options)).placement
     return Choices(
         model=options.get("model"),
         topology=options.get("topology"),
@@ -53,6 +56,8 @@ def choices_of(options: dict[str, Any]) -> Choices:
         dispatch_dtype=options.get("dispatch_dtype"),
         combine_dtype=options.get("combine_dtype"),
         num_gpus=options.get("num_gpus"),
+        num_nodes=options.get("num_nodes"),
+        num_groups=options.get("num_groups"),
         redundant=options.get("num_redundant_experts"),
         slots_per_gpu=options.get("slots_per_gpu"),
         dataflow=options.get("dataflow") or "dispatch-combine",
@@ -68,6 +73,22 @@ def choices_of(options: dict[str, Any]) -> Choices:
         batch_prefill_tokens=options.get("batch_prefill_tokens"),
         arrival=options.get("arrival"),
         baseline=baseline,
+    )
+
+
+def target_for(options: dict[str, Any]) -> Target:
+    """What the options say a placement file is of."""
+    from moeplace.exporters import Target
+    from moeplace.model import load_model
+    from moeplace.topology import load_topology
+
+    gpus = options.get("num_gpus")
+    if gpus is None and options.get("topology"):
+        gpus = load_topology(options["topology"]).num_gpus
+    return Target(
+        model=load_model(options["model"]) if options.get("model") else None,
+        num_gpus=gpus,
+        num_redundant=options.get("num_redundant_experts"),
     )
 
 

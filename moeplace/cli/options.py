@@ -237,6 +237,7 @@ def trace_input(command: Command) -> Command:
 def hardware(command: Command) -> Command:
     """Add what the GPUs and their network are."""
     for decorate in (
+        option("--num-nodes", type=Whole(1), help="Nodes the GPUs are on, equally many each: a scale-out network."),
         option("--num-gpus", "--ep-size", "num_gpus", type=Whole(1), help="GPUs; alone: one scale-up domain."),
         option("--accelerator", metavar="NAME", help="Accelerator preset or TOML file (moeplace list accelerators)."),
         option(
@@ -274,6 +275,7 @@ def goal(command: Command) -> Command:
             help="Predicted µs per step, or one of its parts in natural units.",
         ),
         option("--slots-per-gpu", type=Whole(1), help="Slots of each GPU in every layer."),
+        option("--num-groups", type=Whole(1), help="Expert groups of hierarchical EPLB; default: the model's."),
         option("--num-redundant-experts", type=Whole(0), help="Extra slots per layer, in total over all GPUs."),
     ):
         command = decorate(command)

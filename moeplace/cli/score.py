@@ -1,4 +1,4 @@
-"""``moeplace score`` and ``moeplace diff``: placements judged and compared."""
+"""``moeplace score``: placements judged on a trace."""
 
 from __future__ import annotations
 
@@ -16,11 +16,6 @@ Examples:
   moeplace score trace.npz a.json linear --phase decode --batches 1000 --naive
   moeplace score trace.npz a.json b.json --routing lp --overlap dual-batch
   moeplace score counts.json linear --num-gpus 64 --json | jq '.scores[0]'
-"""
-DIFF_EPILOG = """\b
-Examples:
-  moeplace diff old.json new.json
-  moeplace diff old.json new.json --model deepseek-v3 --json
 """
 
 
@@ -111,22 +106,3 @@ def _profile(trace: str, test: str | None, options: dict[str, Any]) -> Any:
         return None
     fitted = open_source(trace, options, split=test, part="fit")
     return None if isinstance(fitted, Counts) else load_by_phase(fitted).sum(axis=0)
-
-
-@click.command("diff", epilog=DIFF_EPILOG)
-@click.argument("before", type=click.Path(allow_dash=True))
-@click.argument("after", type=click.Path(allow_dash=True))
-@option("--model", metavar="NAME", help="Model preset or TOML file, for the bytes moved; default: what AFTER names.")
-@common
-def diff_command(before: str, after: str, **options: Any) -> None:
-    """Compare two placements: which experts each GPU must newly load, and how many bytes that is."""
-    from moeplace.contest import compare_files
-    from moeplace.exporters import read_placement
-    from moeplace.report import diff_table, write_json
-
-    check_paths([before, after], None)
-    change = compare_files(read_placement(before), read_placement(after), model=options["model"])
-    if options["as_json"]:
-        write_json(change.to_dict())
-    else:
-        diff_table(change)

@@ -102,8 +102,17 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
     placement goes to -o, or to standard output when that is not a terminal (or with --json or --quiet); the log goes
     to standard error.
     """
-    from moeplace.build import assumptions, build_problem, check_law, describe, trace_warnings
-    from moeplace.exporters import load_exporter
+    from moeplace.build import assumptions, build_problem, check_law, describe, preset_for, trace_warnings
+    from moeplace.exporters import (
+        DEFAULT,
+        Target,
+        beside,
+        check_room,
+        load_exporter,
+        numbering_note,
+        suffix_for,
+        write_placement,
+    )
     from moeplace.exporters.native import document_of
     from moeplace.files import atomic_output
     from moeplace.front import trace_front
@@ -112,7 +121,7 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
     from moeplace.soundness import count_and_doubt
 
     check_paths([trace, options["baseline"]], output, keep=[trace])
-    exporter = load_exporter(options["output_format"])
+    exporter, suffix = load_exporter(options["output_format"]), suffix_for(options["output_format"], output)
     for name in options["solver"].split("+"):
         if name != "auto":
             load_solver(name)
@@ -130,12 +139,15 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
         check_law(source, requests=choices.batch_requests, tokens=choices.batch_tokens, batches=choices.batches)
         stats, doubts = count_and_doubt(source, threads=options["threads"])
         problem = build_problem(source, choices, stats=stats)
+        check_room(options["output_format"], problem)
         said, noted = assumptions(problem, choices), trace_warnings(source, problem, doubts)
         if options["dry_run"]:
             check_cap(problem)
             _show_plan(describe(problem), said, noted, as_json=options["as_json"])
             return 0
         log.head(describe(problem), said, noted)
+        known = problem.model if choices.model or preset_for(source.meta, source.meta.model_id) else None
+        noted += numbering_note(options["output_format"], known, source.meta.layer_ids)
         warn((*said, *noted), quiet=quiet or log.shown)
         limits = _limits(options)
         with _stop_on_interrupt(limits.stop):
@@ -148,13 +160,16 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
         log.tail(solution, problem)
         document = document_of(problem, solution, limits, front)
         if file is not None:
-            exporter.write(document, file)
+            if options["output_format"] != DEFAULT and (kept := beside(target)):
+                write_placement(document, kept)
+                log.end(f"bound, terms and provenance written to {kept}")
+            exporter.write(document, file, Target(model=problem.model, num_gpus=problem.num_gpus), suffix)
     if file is None:
         log.end("not written: name a file with -o FILE, or send the output to a pipe or a file")
     elif target != "-":
         log.end(f"written to {output}")
         if options["as_json"]:
-            load_exporter("native").write(document, sys.stdout.buffer)
+            load_exporter(DEFAULT).write(document, sys.stdout.buffer, Target())
     _check_requirement(solution, options["require"])
     return EXIT_INTERRUPTED if limits.stop.is_set() else 0
 

@@ -31,9 +31,9 @@ def stats_command(trace: str, fit: str | None, heat: bool, **options: Any) -> No
     """Show what a routing trace says.
 
     Per layer, the load: the hottest expert over the mean, coefficient of variation, Gini coefficient, share of the
-    busiest tenth; and over GPUs with contiguous experts, max/mean and balancedness (mean/max). Then affinity: bits of
-    mutual information with the next layer beside what chance shows, lift, and the shares of the busiest pairs beside
-    what popularity alone would give.
+    busiest tenth; and over GPUs with contiguous experts, max/mean, balancedness (mean/max) and imbalance ratio
+    ((max - mean)/mean). Then affinity: bits of mutual information with the next layer beside what chance shows, lift,
+    and the shares of the busiest pairs beside what popularity alone would give.
 
     Then how much the sample supports and how far its chunks, domains and phases differ, what it shows of six published
     patterns, beside the published figures (arXiv 2510.05497), and what looks wrong with it.

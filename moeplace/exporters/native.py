@@ -15,13 +15,18 @@ from typing import IO, Any
 
 from moeplace.diff import move_terms
 from moeplace.errors import InfeasibleError, InputError, Location, NothingFoundError, PlacementError
+from moeplace.exporters._faults import Inspection, Stack, Target
 from moeplace.front import Front
+from moeplace.frozen import Ints
 from moeplace.objective import Term
 from moeplace.placement import EMPTY, Placement
 from moeplace.problem import Problem
 from moeplace.solution import Limits, Solution, Stage, Status
 
-DESCRIPTION = "moeplace's own JSON, with bound, terms and provenance"
+DESCRIPTION = "moeplace's own JSON of any placement, with bound, terms and provenance (.json)"
+SUFFIXES = (".json",)
+FLAG = ""
+STACK = Stack(name="moeplace", even=False, tolerated=("duplicate",))
 SCHEMA = "moeplace/placement/1"
 DIGITS = 9
 
@@ -38,11 +43,19 @@ class PlacementFile:
         One id per MoE layer.
     details
         Every other key of the document, as JSON values.
+    load
+        ``[MoE layer, expert]`` loads of the problem it answers, for stacks that take loads; in no native file.
     """
 
     placement: Placement
     layer_ids: tuple[int, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
+    load: Ints | None = field(default=None, repr=False, compare=False)
+
+    def renamed(self, order: Ints) -> PlacementFile:
+        """The same with GPUs renamed: GPU g is this one's ``order[g]``; what was judged by GPU is left out."""
+        kept = {key: value for key, value in self.details.items() if key in ("dataflow", "model", "topology")}
+        return PlacementFile(placement=self.placement.permute_gpus(order), layer_ids=self.layer_ids, details=kept)
 
 
 def document_of(
@@ -100,7 +113,8 @@ def document_of(
     }
     if front is not None:
         details["front"] = _front(front)
-    return PlacementFile(placement=solution.placement, layer_ids=meta.layer_ids, details=details)
+    load = problem.stats.load
+    return PlacementFile(placement=solution.placement, layer_ids=meta.layer_ids, details=details, load=load)
 
 
 def _front(front: Front) -> dict[str, Any]:
@@ -129,8 +143,8 @@ def _without_placement(solution: Solution) -> InfeasibleError | NothingFoundErro
     )
 
 
-def write(document: PlacementFile, file: IO[bytes]) -> None:
-    """Write the native JSON."""
+def write(document: PlacementFile, file: IO[bytes], target: Target | None = None, suffix: str = "") -> None:
+    """Write the native JSON; it takes any placement, whatever it is for."""
     fields = {"schema": SCHEMA, **document.details}
     fields["layer_ids"] = list(document.layer_ids)
     fields.setdefault("model", {})
@@ -162,7 +176,21 @@ def sniff(data: bytes) -> bool:
     return data.lstrip().startswith(b"{") and (b"moeplace/placement/" in data or b'"slots"' in data)
 
 
-def read(data: bytes, name: str) -> PlacementFile:
+def check(data: bytes, name: str, target: Target) -> Inspection:
+    """Find the faults of a file that can be read."""
+    document = read(data, name)
+    inspection = Inspection(STACK, target)
+    held = [[[expert for expert in gpu if expert != EMPTY] for gpu in layer] for layer in document.placement.to_lists()]
+    inspection.nested(held, [f"layer {layer}" for layer in document.layer_ids])
+    inspection.layer_ids = document.layer_ids
+    model = target.model
+    if model and document.layer_ids not in (model.moe_layer_ids, tuple(range(model.num_moe_layers))):
+        told = f"{len(document.layer_ids)} layers, {document.layer_ids[0]} to {document.layer_ids[-1]}"
+        inspection.say("layer-count", told, f"the {model.num_moe_layers} MoE layers of {model.name}")
+    return inspection
+
+
+def read(data: bytes, name: str, target: Target | None = None) -> PlacementFile:
     """Read the native JSON.
 
     Raises
