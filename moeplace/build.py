@@ -60,7 +60,7 @@ class Choices:
         A number, or ``eplb`` for the maximum of EPLB's global policy in each layer.
     phase, batch_requests, batch_tokens, batch_prefill_requests, batch_prefill_tokens, arrival
         The batch law.
-    batches
+    risk_batches
         Steps to draw for a risk; given with the mean, the mean over them is minimised, not the mean step.
     baseline
         The placement now deployed.
@@ -88,7 +88,7 @@ class Choices:
     batch_tokens: int | None = None
     batch_prefill_requests: int | None = None
     batch_prefill_tokens: int | None = None
-    batches: int | None = None
+    risk_batches: int | None = None
     arrival: str | None = None
     baseline: Placement | None = None
 
@@ -143,7 +143,7 @@ def build_problem(
         prefill_requests=choices.batch_prefill_requests,
         prefill_tokens=choices.batch_prefill_tokens,
         arrival=choices.arrival,
-        batches=choices.batches or (None if choices.risk == MEAN else RISK_BATCHES),
+        batches=choices.risk_batches or (None if choices.risk == MEAN else RISK_BATCHES),
     )
     return Problem(
         stats=stats,
@@ -164,7 +164,7 @@ def build_problem(
 
 def _steps(source: TraceStream | Counts, law: BatchLaw, choices: Choices) -> Steps | Counts | None:
     """Draw the steps a risk is taken over; None where the mean step will do."""
-    if choices.risk == MEAN and choices.batches is None:
+    if choices.risk == MEAN and choices.risk_batches is None:
         return None
     return source if isinstance(source, Counts) else draw_steps(source, TokenIndex.of(source), law)
 
@@ -173,7 +173,7 @@ def check_law(source: TraceStream | Counts, **given: int | None) -> None:
     """Raise :class:`InputError` where a batch law is given for counts: their recorded steps are the batches."""
     named = [name for name, value in given.items() if value is not None]
     if named and isinstance(source, Counts):
-        flags = ", ".join("--batches" if name == "batches" else f"--batch-{name}" for name in named)
+        flags = ", ".join(f"--{name.replace('_', '-')}" if "batches" in name else f"--batch-{name}" for name in named)
         raise InputError(
             f"{flags} on counts",
             rule="the steps of counts are the recorded ones",

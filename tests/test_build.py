@@ -96,7 +96,7 @@ def test_the_cap_of_eplb_is_its_own_maximum() -> None:
     ("choices", "words"),
     [
         ({"num_gpus": 4, "topology": "scale-out:2x4"}, "leave one of"),
-        ({"risk": "p99"}, "fitted to the mean step"),
+        ({"risk": "p99", "objective": "copies"}, "risk p99 of copies"),
         ({"risk": "p90"}, "one of mean, p95"),
         ({"slots_per_gpu": 1, "num_gpus": 2}, "every expert needs a slot"),
         ({"objective": "lod"}, "one of step-time"),

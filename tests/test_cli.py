@@ -222,7 +222,7 @@ INPUT = {
     "solve t.npz --load-cap nan": ("load cap nan",),
     "solve t.npz --fit hlf:0": ("unknown split", "did you mean half"),
     "solve t.npz --fit domain:code": ("domain 'code'",),
-    "solve t.npz --risk p99": ("fitted to the mean step", "moeplace score"),
+    "solve t.npz --risk p99 --objective copies": ("risk p99 of copies", "have a tail"),
     "solve t.npz -s eplb --option polcy=global": ("no option 'polcy'", "its options are copies, policy"),
     "solve t.npz -s eplb --backend cbc": ("no option 'backend'",),
     "score t.npz lineer": ("unknown placement 'lineer'", "did you mean linear"),

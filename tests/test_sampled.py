@@ -226,7 +226,7 @@ def test_what_has_no_tail_is_refused() -> None:
 def test_the_command_line_draws_steps(shell: Shell) -> None:
     """--risk draws them, and says what the answer is of."""
     done = shell(
-        "solve t.npz -t scale-up:4 --risk p99 --objective load --batch-requests 8 --batches 40 --work 0.01 --json"
+        "solve t.npz -t scale-up:4 --risk p99 --objective load --batch-requests 8 --risk-batches 40 --work 0.01 --json"
     )
     assert done.json["provenance"]["solver"] in ("saa", "balance", "eplb", "linear")
     assert done.json["bound"] <= done.json["objective"]["value"]

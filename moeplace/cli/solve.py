@@ -58,7 +58,9 @@ Examples:
     help="What to minimise of step time or load: over steps drawn from the trace, unless it is the mean.",
 )
 @option(
-    "--batches", type=Whole(4), help="Steps to draw for --risk [default: 1000]; with mean, their mean is minimised."
+    "--risk-batches",
+    type=Whole(4),
+    help="Steps to draw for --risk [default: 1000]; with mean, their mean.",
 )
 @option(
     "--solver",
@@ -133,10 +135,12 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
     log = SolveLog(shown=not quiet and (options["verbose"] or sys.stderr.isatty()))
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(atomic_output(target)) if target and not options["dry_run"] else None
-        choices = replace(choices_of(options), batches=options["batches"])
+        choices = replace(choices_of(options), risk_batches=options["risk_batches"])
         log.stage("reading", trace)
         source = open_source(trace, options, split=fit)
-        check_law(source, requests=choices.batch_requests, tokens=choices.batch_tokens, batches=choices.batches)
+        check_law(
+            source, requests=choices.batch_requests, tokens=choices.batch_tokens, risk_batches=choices.risk_batches
+        )
         stats, doubts = count_and_doubt(source, threads=options["threads"])
         problem = build_problem(source, choices, stats=stats)
         check_room(options["output_format"], problem)

@@ -128,7 +128,7 @@ class Run:
             raise ProblemError(
                 f"{problem.risk} of {problem.objective} over sampled steps",
                 rule=f"{self.name} solves for the mean step",
-                hint="--solver saa, or leave --risk and --batches out",
+                hint="--solver saa, or leave --risk and --risk-batches out",
             )
         if (
             problem.objective == STEP_TIME

@@ -49,7 +49,7 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
         raise ProblemError(
             f"objective {problem.objective} of the mean step",
             rule="saa chooses by sampled steps, slots counted layer by layer",
-            hint="--risk p99 (or --batches N with --risk mean), with --objective step-time or load",
+            hint="--risk p99 (or --risk-batches N with --risk mean), with --objective step-time or load",
         )
     return _Run(problem, limits, report).solve()
 
