@@ -1,6 +1,7 @@
 # moeplace: everything a newcomer or a contributor runs. Needs Python 3.11 or newer, git and make.
 PYTHON ?= python3
 VENV := .venv
+STACKS := .venv-stacks
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
@@ -15,7 +16,7 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 OPTIONS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench bench-all sweep lock clean
+.PHONY: help setup demo test test-all test-stacks check format bench bench-all sweep lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +41,12 @@ test: $(READY) ## run the tests
 
 test-all: $(READY) ## run the tests, slow ones too
 	$(PYTEST) -m ''
+
+test-stacks: ## run exports in SGLang's own loader, from its wheel (installs PyTorch in .venv-stacks)
+	$(PYTHON) -m venv $(STACKS)
+	$(STACKS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,torch]'
+	$(STACKS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.23
+	$(STACKS)/bin/python -m pytest tests/test_stacks_real.py tests/test_stacks.py tests/test_readers_sglang.py
 
 check: $(READY) ## format, lint, types, layers, tests
 	$(BIN)/ruff format --check .
@@ -66,5 +73,5 @@ lock: $(READY) ## renew .ci/constraints.txt from what is installed
 	mv .ci/constraints.new .ci/constraints.txt
 
 clean: ## remove the environment and everything made here
-	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(STACKS) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
