@@ -23,6 +23,7 @@ from moeplace.placement import Placement
 from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, LOAD, STEP_TIME, Problem
 from moeplace.solution import Clock, Limits, Report, Solution, Status, StopReason
 from moeplace.solvers import AUTO, finish, solve
+from moeplace.tails import MEAN
 
 SLACKS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, np.inf)  # above the best balanced load of a layer
 SHARE = 0.25  # of the work, under each cap
@@ -106,7 +107,8 @@ def trace_front(
     for i, cap in enumerate([*caps, problem.load_cap]):
         if found and clock.over:
             break
-        parted = problem.replace(objective=kind if i < len(caps) else STEP_TIME, load_cap=cap, start=start)
+        asked = _mean_step(problem, kind) if i < len(caps) else problem
+        parted = asked.replace(load_cap=cap, start=start)
         told = "none" if cap is None else f"max/mean {cap.mean():.4f}, mean over layers"
         report.stage("front", f"least {parted.objective}, load cap {told}")
         left_s = max(0.1, clock.left_s / (len(caps) + 1 - i))
@@ -136,7 +138,7 @@ def trace_front(
 def _caps(problem: Problem, limits: Limits) -> tuple[Placement | None, list[Floats | None]]:
     """A balanced placement, and caps from its own load per layer upwards, none above the problem's."""
     share = limits.replace(work=limits.work * BALANCE_SHARE, options={})
-    balanced = solve(problem.replace(objective=LOAD), "balance", share).placement
+    balanced = solve(_mean_step(problem, LOAD), "balance", share).placement
     if balanced is None:
         return None, [problem.load_cap]
     ratio = max_over_mean(balanced, problem.stats.load) * (1 + 1e-9)
@@ -152,8 +154,13 @@ def _caps(problem: Problem, limits: Limits) -> tuple[Placement | None, list[Floa
     return balanced, caps
 
 
+def _mean_step(problem: Problem, objective: str) -> Problem:
+    """Return the problem for load or traffic of the mean step."""
+    return problem.replace(objective=objective, steps=None, risk=MEAN)
+
+
 def _front(problem: Problem, kind: str, found: Sequence[tuple[Problem, Solution]]) -> Front:
-    parted = problem.replace(objective=kind)
+    parted = _mean_step(problem, kind)
     rows = []
     for _, answer in found:
         placement = answer.placement

@@ -35,7 +35,9 @@ def rename_gpus(
 ) -> Placement:
     """Return a placement with its GPUs renamed for less traffic on the way, never worse in the problem's objective.
 
-    First layer by layer, then all layers alike, both by the cost of ways; on direct networks, where what counts is the
+    Where tokens return home, each layer's groups of experts go to the ranks whose recorded tokens choose them most, an
+    assignment problem per layer. Where they move from expert to expert: first layer by layer, then all layers alike,
+    both by the cost of ways; on direct networks, where what counts is the
     busiest link, then by random exchanges in all layers alike as long as predicted times fall.
 
     Parameters
@@ -47,7 +49,11 @@ def rename_gpus(
     stop
         Asked between them.
     """
-    if problem.dataflow != CONTEXT_COHERENT or problem.stats.transition is None or problem.num_gpus < 2:
+    if problem.num_gpus < 2:
+        return placement
+    if problem.dataflow != CONTEXT_COHERENT:
+        return _nearest_homes(problem, placement)
+    if problem.stats.transition is None:
         return placement
     tables = mean_chain_traffic(problem, placement).copies
     cost = 1 / problem.topology.pair_bandwidth_gb_per_s()
@@ -74,6 +80,19 @@ def rename_gpus(
         mapped = swap_while_better(mapped, same, time_us, rng=rng, tries=tries, stop=stop)
     options.append(options[-1].permute_gpus(mapped))
     return min(reversed(options), key=lambda option: objective_value(problem, option))
+
+
+def _nearest_homes(problem: Problem, placement: Placement) -> Placement:
+    """Return a placement with the GPUs of every layer named for the least cost of ways from the recorded homes."""
+    sources = problem.stats.source_load
+    if sources is None or len(sources) > problem.num_gpus:
+        return placement
+    cost, room = 1 / problem.topology.pair_bandwidth_gb_per_s(), problem.slots_per_gpu
+    sent = np.einsum("sle,lge->lsg", sources.astype(np.float64), placement.even_share())
+    same = np.broadcast_to(room[:, None] == room[None, :], cost.shape)
+    order = np.stack([_assigned(table.T @ cost[: len(sources)], same) for table in sent])
+    named = placement.permute_gpus(order)
+    return min((named, placement), key=lambda option: objective_value(problem, option))
 
 
 def crossing_cost(problem: Problem, tie: Floats) -> Floats:

@@ -9,11 +9,13 @@ import pytest
 from shell import Shell
 from strategies import every_placement, make_problem, make_trace, slow_topology
 
+from moeplace.batches import TokenIndex
 from moeplace.errors import NothingFoundError
 from moeplace.front import Front, trace_front
 from moeplace.metrics import max_over_mean
 from moeplace.objective import objective_value
 from moeplace.problem import Problem
+from moeplace.scoring import draw_steps
 from moeplace.solution import Limits
 from moeplace.solvers import solve
 
@@ -86,6 +88,18 @@ def test_a_solver_that_keeps_no_cap_is_told() -> None:
     tight = problem.replace(load_cap=max_over_mean(balanced, problem.stats.load) * (1 + 1e-6))
     with pytest.raises(NothingFoundError, match="random keeps no load cap"):
         trace_front(tight, "random", BRIEF)
+
+
+def test_a_front_of_sampled_steps() -> None:
+    """With a risk its step times are those of the steps; load and traffic stay those of the mean step."""
+    problem = _problem(dataflow="dispatch-combine")
+    trace = make_trace(3, tokens=200, layers=3, experts=8, top_k=2)
+    law = problem.law.replace(requests=4, batches=12, phase=TokenIndex.of(trace).phases()[0])
+    sampled = problem.replace(law=law, steps=draw_steps(trace, TokenIndex.of(trace), law), risk="p95")
+    front, answer = trace_front(sampled, limits=BRIEF)
+    _check(front)
+    assert answer.placement is not None
+    assert answer.objective == objective_value(sampled, answer.placement)
 
 
 def test_the_command_line_shows_and_writes_it(shell: Shell) -> None:

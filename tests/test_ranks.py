@@ -12,6 +12,7 @@ from strategies import make_problem, make_trace, random_placement, slow_topology
 
 from moeplace.metrics import cross_shares
 from moeplace.objective import objective_value
+from moeplace.placement import Placement
 from moeplace.ranks import chain_cost, map_ranks, name_layers, rename_gpus, swap_while_better
 from moeplace.solvers import solve
 from moeplace.topology import load_topology
@@ -117,7 +118,30 @@ def test_dispatch_combine_is_left_alone_and_said() -> None:
     assert start is not None
     assert answer.placement is not None
     assert answer.placement.digest() == start.digest()
-    assert any("return home" in note for note in answer.notes)
+    assert any("return to homes" in note for note in answer.notes)
+
+
+def test_groups_go_to_the_ranks_that_choose_them() -> None:
+    """With recorded homes: the best of all names of a layer, by trying them; loads stay."""
+    trace = make_trace(2, tokens=300, layers=2, experts=6, top_k=2, ranks=3)
+    problem = make_problem(trace, slow_topology("scale-up:3"), requests=300)
+    sources = problem.stats.source_load
+    assert sources is not None
+
+    def at_home(placement: Placement) -> list[float]:
+        share = placement.even_share()
+        return [float((sources[:, layer] * share[layer]).sum()) for layer in range(2)]
+
+    start = solve(problem, "balance").placement
+    answer = solve(problem, "balance+relabel")
+    assert start is not None
+    assert answer.placement is not None
+    assert answer.objective <= objective_value(problem, start)
+    names = [np.array(names) for names in itertools.permutations(range(3))]
+    best = [max(at_home(start.permute_gpus(order))[layer] for order in names) for layer in range(2)]
+    kept = answer.placement.digest() == start.digest()
+    assert kept or at_home(answer.placement) == pytest.approx(best)
+    assert not answer.notes
 
 
 def test_exchanges_stop_when_asked_and_when_idle() -> None:

@@ -2,7 +2,8 @@
 
 Under context-coherent execution the GPUs of each layer get the names that make what crosses GPUs, nodes or links
 cheapest (see :mod:`moeplace.ranks`): MoETuner's second programme with the sum for its objective, solved by assignment
-problems, and on tori and meshes the map from ranks to coordinates. Loads stay as they are.
+problems, and on tori and meshes the map from ranks to coordinates. Where tokens return home and the trace tells their
+ranks, groups go to the ranks that choose them most. Loads stay as they are.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
         slots = slots_without_copies(problem.slots_per_gpu, problem.num_experts)
         start = balance_global(problem.stats.load.astype(float), slots)
     notes: tuple[str, ...] = ()
-    if problem.dataflow != CONTEXT_COHERENT:
-        notes = ("tokens return home after every layer: names of GPUs change nothing on average",)
+    if problem.dataflow != CONTEXT_COHERENT and problem.stats.source_load is None:
+        notes = ("tokens return to homes that the trace does not tell: names of GPUs change nothing on average",)
     tries = max(1, round(TRIES * limits.work))
     placement = rename_gpus(problem, start, seed=limits.seed, tries=tries, stop=lambda: clock.over)
     return found(problem, placement, limits, report, solver="relabel", notes=notes)
