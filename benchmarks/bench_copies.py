@@ -99,7 +99,7 @@ problem = build_problem(make_trace("dsv3", affinity, seed), topology="scale-out:
                         copies_level="node")
 eplb = solve(problem, "eplb").objective
 started = time.perf_counter()
-answer = solve(problem, "setpart", Limits(threads=2, seed=seed, options={"node_cap": "1.02"}))
+answer = solve(problem, "setpart", Limits(threads=2, seed=seed, options={"node-cap": "1.02"}))
 print(json.dumps({
     "seconds": time.perf_counter() - started, "value": answer.objective, "eplb": eplb, "gap": 100 * answer.gap,
     "below": 100 * (1 - answer.objective / eplb),

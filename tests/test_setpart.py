@@ -324,16 +324,16 @@ def test_what_it_refuses() -> None:
     with pytest.raises(InputError, match="mode 'slow'"):
         solve(_problem(), "setpart", Limits(options={"mode": "slow"}))
     for value in ("0.5", "tight"):
-        with pytest.raises(InputError, match="node_cap"):
+        with pytest.raises(InputError, match="node.cap"):
             solve(
-                _problem(topology="scale-out:2x2", copies_level="node"), "setpart", Limits(options={"node_cap": value})
+                _problem(topology="scale-out:2x2", copies_level="node"), "setpart", Limits(options={"node-cap": value})
             )
 
 
 def test_a_node_cap_is_kept() -> None:
     """Nodes keep a cap of their own; GPUs are then only balanced."""
     problem = _problem(topology="scale-out:2x2", copies_level="node")
-    answer = solve(problem, "setpart", Limits(options={"node_cap": "1.2"}))
+    answer = solve(problem, "setpart", Limits(options={"node-cap": "1.2"}))
     assert answer.placement is not None
     busy = np.einsum("lge,le->lg", answer.placement.even_share(), problem.stats.load.astype(float))
     node = busy.reshape(2, 2, 2).sum(axis=2)

@@ -32,7 +32,7 @@ USES_START = True
 MODES = ("prove", "fast")
 OPTIONS: Mapping[str, str] = {
     "mode": "prove (default) or fast: stop at a gap of 0.5 % and spend little on closing it",
-    "node_cap": "most max/mean load of a node with --copies-level node (default: what the load cap implies)",
+    "node-cap": "most max/mean load of a node with --copies-level node (default: what the load cap implies)",
 }
 FAST_GAP = 0.005
 KICKS = 100
@@ -63,7 +63,7 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
 
 
 def _node_cap(limits: Limits) -> float:
-    text = limits.options.get("node_cap")
+    text = limits.options.get("node-cap")
     if text is None:
         return math.inf
     try:
@@ -72,7 +72,7 @@ def _node_cap(limits: Limits) -> float:
             return cap
     except ValueError:
         pass
-    raise InputError(f"node_cap {text!r}", rule="a number of at least 1")
+    raise InputError(f"node-cap {text!r}", rule="a number of at least 1")
 
 
 def _effort(mode: str, limits: Limits, experts: int) -> Effort:
