@@ -58,7 +58,9 @@ def test_the_document_has_the_contracts_keys(small_trace: Trace) -> None:
             low, high = estimate["interval"]
             assert low <= estimate["value"] <= high
         load = {"max_over_mean_mean", "max_over_mean_median", "max_over_mean_worst", "balancedness", "imbalance_ratio"}
-        assert set(entry["load"]) == load | {"step_max_over_mean_mean", "step_excess_over_noise_floor"}
+        of_steps = {"step_max_over_mean_mean", "step_max_over_mean", "step_excess_over_noise_floor"}
+        assert set(entry["load"]) == load | of_steps
+        assert list(entry["load"]["step_max_over_mean"]) == list(entry["step_time_us"])
         assert set(entry["traffic"]) == {
             "cross_gpu_share",
             "cross_node_share",

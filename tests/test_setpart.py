@@ -324,7 +324,7 @@ def test_what_it_refuses() -> None:
     with pytest.raises(InputError, match="mode 'slow'"):
         solve(_problem(), "setpart", Limits(options={"mode": "slow"}))
     for value in ("0.5", "tight"):
-        with pytest.raises(InputError, match="node.cap"):
+        with pytest.raises(InputError, match=r"node.cap"):
             solve(
                 _problem(topology="scale-out:2x2", copies_level="node"), "setpart", Limits(options={"node-cap": value})
             )
