@@ -13,7 +13,7 @@ import numpy as np
 
 from moeplace.batches import Steps
 from moeplace.compute import ExpertCompute
-from moeplace.frozen import Floats
+from moeplace.frozen import Floats, Ints
 from moeplace.network import KERNEL_OF_PHASE, NORMAL
 from moeplace.problem import CONTEXT_COHERENT, LOAD, Problem
 from moeplace.topology import num_links_per_gpu
@@ -53,9 +53,9 @@ class StepTables:
         tiles = np.ceil(home / compute.tile_rows) * compute.tile_rows
         return cls(rows, compute, port_us(problem), (compute.shared_weight_us, tiles * compute.shared_row_us))
 
-    def part(self, batches: int) -> StepTables:
-        """Return the tables of the first steps alone."""
-        return replace(self, rows=np.ascontiguousarray(self.rows[:, :, :batches]))
+    def part(self, batches: Ints) -> StepTables:
+        """Return the tables of some steps alone."""
+        return replace(self, rows=np.ascontiguousarray(self.rows[:, :, batches]))
 
     @property
     def num_channels(self) -> int:

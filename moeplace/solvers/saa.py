@@ -28,11 +28,11 @@ from moeplace.tails import CVAR, MEAN, risk_value
 DESCRIPTION = "placements chosen on sampled steps: least mean, p95, p99 or CVaR95 of load or step time"
 USES_START = True
 OPTIONS: Mapping[str, str] = {}
-KEPT_BACK = 0.25  # of the steps, to choose by
+KEPT_BACK = 4  # one step of so many, to choose by
 KICKS = 60
 BALANCE_KICKS = 100
-WORK = 1e10  # swaps times steps, of all layers
-TAIL_WORK = 3e9
+WORK = 1.5e9  # swaps times steps, of all layers
+TAIL_WORK = 1.5e9
 TAIL_SWAPS = 50  # for each pair of slots: more fit the sample alone
 MIX = 0.2  # of the worst steps, beside the mean
 
@@ -62,12 +62,11 @@ class _Run:
         self.clock = Clock(limits)
         self.tables = StepTables.of(problem)
         batches = self.tables.rows.shape[2]
-        self.fitted = batches - int(KEPT_BACK * batches)
-        self.apart = slice(
-            self.fitted if self.fitted < batches else 0, None
-        )  # few steps are fitted and chosen by alike
-        self.weights = np.zeros(batches)
-        self.weights[: self.fitted] = 1 / self.fitted
+        # every fourth step: recorded steps stand in the order of their domains
+        kept = np.arange(batches) % KEPT_BACK == KEPT_BACK - 1
+        self.fit = np.flatnonzero(~kept)
+        # where there are too few steps all are fitted, and chosen by
+        self.apart = np.flatnonzero(kept) if kept.any() else self.fit
         mean = problem.stats.load.sum(axis=1) / problem.num_gpus
         self.cap = np.full(problem.num_layers, np.inf) if problem.load_cap is None else problem.load_cap * mean
 
@@ -77,13 +76,12 @@ class _Run:
         if not tried:
             tried = dict(starts)
         found = dict(tried)
-        best = min(tried, key=lambda name: self._values(tried[name])[: self.fitted].mean())
-        search = self._search()
-        found["mean of the steps"] = improve_mean(self.tables, tried[best], self.weights, search)
+        best = min(tried, key=lambda name: self._values(tried[name])[self.fit].mean())
+        search, fit = self._search(), self.tables.part(self.fit)
+        found["mean of the steps"] = improve_mean(fit, tried[best], np.full(len(self.fit), 1 / len(self.fit)), search)
         self._tell("mean of the steps", found["mean of the steps"])
         if self.problem.risk != MEAN and not self.clock.over:
-            fit = self.tables.part(self.fitted)
-            most = TAIL_WORK * self.limits.work / (self.problem.num_layers * self.fitted)
+            most = TAIL_WORK * self.limits.work / (self.problem.num_layers * len(self.fit))
             budget = int(min(most, self.limits.work * TAIL_SWAPS * self.problem.num_slots**2))
             tail = improve_tail(fit, found["mean of the steps"], MIX, replace(search, budget=max(1, budget)))
             found["worst of the steps"] = tail
@@ -96,7 +94,7 @@ class _Run:
         starts: dict[str, Placement] = {}
         if problem.start is not None and not problem.start.duplicates():
             starts["start"] = problem.start
-        mean = self.tables.rows[:, :, : self.fitted].mean(axis=2, dtype=np.float64)
+        mean = self.tables.rows[:, :, self.fit].mean(axis=2, dtype=np.float64)
         for name, load in (("balanced load", problem.stats.load.astype(np.float64)), ("balanced steps", mean)):
             even = balance_global(load, problem.slots_per_gpu)
             floor = load.sum(axis=1) / problem.num_gpus
@@ -112,7 +110,7 @@ class _Run:
 
     def _search(self) -> Search:
         problem, limits = self.problem, self.limits
-        budget = WORK * limits.work / (problem.num_layers * self.fitted)
+        budget = WORK * limits.work / (problem.num_layers * len(self.fit))
         return Search(
             load=problem.stats.load.astype(np.float64),
             cap=self.cap,
@@ -140,7 +138,7 @@ class _Run:
         # a p99 of the few steps kept apart is noise; the mean of their worst 5 % is less so
         by = MEAN if risk == MEAN else CVAR
         chosen = min(allowed, key=lambda name: risk_value(values[name][self.apart], by))
-        fit, apart = (risk_value(part, risk) for part in (values[chosen][: self.fitted], values[chosen][self.apart]))
+        fit, apart = (risk_value(part, risk) for part in (values[chosen][self.fit], values[chosen][self.apart]))
         stopped = self.clock.over
         return Solution(
             placement=found[chosen],
@@ -152,7 +150,7 @@ class _Run:
             seed=self.limits.seed,
             history=tuple(self.report.history),
             notes=(
-                f"{risk} of {self.fitted} steps it was fitted to: {fit:,.4f} {UNITS[problem.objective]}; of "
-                f"{len(values[chosen]) - self.fitted} kept apart: {apart:,.4f}; chosen for these: {chosen}",
+                f"{risk} of {len(self.fit)} steps it was fitted to: {fit:,.4f} {UNITS[problem.objective]}; of "
+                f"{len(self.apart)} kept apart: {apart:,.4f}; chosen for these: {chosen}",
             ),
         )
