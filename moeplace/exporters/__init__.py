@@ -246,14 +246,13 @@ def parse_placement(
 ) -> PlacementFile:
     """Read a placement of a file's content; where several formats look alike, by the first that reads it."""
     names: Sequence[str] = (format,) if format else identify(data, path)
-    first: MoeplaceError | None = None
+    refusals: list[MoeplaceError] = []
     for name in names:
         try:
             return load_exporter(name).read(data, str(path), target or Target())
         except MoeplaceError as error:
-            first = first or error
-    assert first is not None
-    raise first
+            refusals.append(error)
+    raise refusals[0]
 
 
 def check_placement(
