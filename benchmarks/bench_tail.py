@@ -85,9 +85,8 @@ def _tokens(seed: int) -> list[Case]:
             requests = min(requests, 160) if name == TINYMOE else requests
             _, _, output = in_child(CODE, str(path), str(requests), str(tokens), str(seed))
             told = json.loads(output)
-            label = (
-                f"saa, {str(name).split('/')[-2]}, 8 GPUs, {requests} × {tokens}, seed {seed}: p99 of load below EPLB"
-            )
+            trace = "tinymoe" if name == TINYMOE else "gpt-oss-20b"
+            label = f"saa, {trace}, 8 GPUs, {requests} × {tokens}, seed {seed}: p99 of load below EPLB"
             note = f"EPLB {told['base']:.3f}; {told['seconds']:.1f} s"
             results.append(Case(name=label, value=told["p99"], unit="%", target=p99, at_least=True, note=note))
             results.append(Case(name="  mean", value=told["mean"], unit="%", target=mean, at_least=True))
