@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from moeplace.errors import InputError, unknown_name
 from moeplace.frozen import replaced
-from moeplace.trace import DECODE, PHASES, PREFILL, Trace, TraceStream, concatenate
+from moeplace.trace import DECODE, PHASES, PREFILL, Counts, Trace, TraceStream, concatenate
 
 DEFAULT_REQUESTS = {DECODE: 256, PREFILL: 64}
 DEFAULT_PREFILL_TOKENS = 128
@@ -116,6 +116,20 @@ class Steps:
     def num_batches(self) -> int:
         """Number of steps."""
         return int(self.rows.shape[0])
+
+
+def expert_rows(steps: Steps | Counts) -> npt.NDArray[np.int32]:
+    """``[layer, expert, batch]`` selections in every step. Complexity: O(batches · tokens · layers · k)."""
+    if isinstance(steps, Counts):
+        return np.moveaxis(steps.counts, 0, 2).astype(np.int32)
+    meta, batches = steps.trace.meta, steps.num_batches
+    rows = np.empty((meta.num_layers, meta.num_experts, batches), np.int32)
+    batch = np.arange(batches)[:, None, None] * meta.num_experts
+    for layer in range(meta.num_layers):
+        chosen = batch + steps.trace.experts[:, layer][steps.rows]
+        counted = np.bincount(chosen.ravel(), minlength=batches * meta.num_experts)
+        rows[layer] = counted.reshape(batches, meta.num_experts).T
+    return rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,11 +6,11 @@ of the terms' bounds. Each is tested against exact optima on small instances.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
-from moeplace.batches import Steps
+from moeplace.batches import expert_rows
 from moeplace.chains.duals import matching_bound, spectral_bound
 from moeplace.compute import ExpertCompute
 from moeplace.frozen import Floats, Ints
@@ -18,7 +18,6 @@ from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Traffic, exchange, la
 from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, LOAD, NODE, Problem
 from moeplace.tails import MEAN, risk_value
 from moeplace.topology import CUSTOM, num_links_per_gpu
-from moeplace.trace import Counts
 
 SPECTRA = 128  # most experts for which spectra are quick
 
@@ -152,13 +151,9 @@ def sampled_bound(problem: Problem) -> float:
     is one of the risk. For the mean, the busiest GPU of a layer also has on average at least what the busiest of the
     mean step has. Communication is bounded by its latency. Complexity: O(batches · layers · experts).
     """
-    steps = problem.steps
-    if isinstance(steps, Counts):
-        rows = np.moveaxis(steps.counts, 0, 2).astype(np.float64)
-    elif steps is not None:
-        rows = np.stack(list(_rows(problem, steps)))
-    else:
+    if problem.steps is None:
         raise ValueError("the problem has no steps")
+    rows = expert_rows(problem.steps).astype(np.float64)
     usable = int((problem.slots_per_gpu > 0).sum())
     most = min(usable, problem.num_slots - problem.num_experts + 1)
     if problem.whole_model:
@@ -175,14 +170,6 @@ def sampled_bound(problem: Problem) -> float:
             return float(layer.mean())
         return risk_value(total, problem.risk)
     return risk_value(_time_floors(problem, rows, usable, most), problem.risk)
-
-
-def _rows(problem: Problem, steps: Steps) -> Iterator[Floats]:
-    batch = np.arange(steps.num_batches)[:, None, None] * problem.num_experts
-    for layer in range(problem.num_layers):
-        chosen = (batch + steps.trace.experts[:, layer][steps.rows]).ravel()
-        counted = np.bincount(chosen, minlength=steps.num_batches * problem.num_experts)
-        yield counted.reshape(steps.num_batches, problem.num_experts).T.astype(np.float64)
 
 
 def _mean_floor(load: Floats, problem: Problem) -> Floats:

@@ -35,7 +35,7 @@ def test_naming_layers_in_turn_is_optimal_where_ways_cost_the_same(seed: int, gp
 
 @pytest.mark.parametrize("spec", ["scale-out:2x2", "scale-out:2x3", "torus:2x2x2", "mesh:2x3"])
 def test_names_never_cost_more(spec: str) -> None:
-    """Where ways differ: within 10 % of the best of all names of one layer, and never above the names as they were."""
+    """Where ways differ: no exchange of two names in one layer helps, and never above the names as they were."""
     cost = 1 / load_topology(spec).pair_bandwidth_gb_per_s()
     gpus = len(cost)
     tables = _tables(0, 5, gpus)
@@ -139,8 +139,7 @@ def test_groups_go_to_the_ranks_that_choose_them() -> None:
     assert answer.objective <= objective_value(problem, start)
     names = [np.array(names) for names in itertools.permutations(range(3))]
     best = [max(at_home(start.permute_gpus(order))[layer] for order in names) for layer in range(2)]
-    kept = answer.placement.digest() == start.digest()
-    assert kept or at_home(answer.placement) == pytest.approx(best)
+    assert at_home(answer.placement) == pytest.approx(best)
     assert not answer.notes
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moeplace.chains.instance import UNLIMITED
 from moeplace.frozen import Floats, Ints
 from moeplace.placement import EMPTY, Placement
 from moeplace.sampled.kernel import compiled_mean, compiled_tail, descend_and_kick, descend_tail
@@ -133,7 +134,7 @@ def _run(
     kernel: Callable[..., float], state: _Layer, weights: Floats, cap: float, kicks: int, budget: int, word: np.ndarray
 ) -> float:
     work, usage, load, busy = state.arrays()
-    top = cap if np.isfinite(cap) else 1e300
+    top = cap if np.isfinite(cap) else UNLIMITED
     value = kernel(work, state.where, state.expert, usage, weights, load, busy, top, kicks, budget, word)
     return value if busy.max() <= top * (1 + 1e-9) else np.inf
 
@@ -169,7 +170,7 @@ def improve_tail(tables: StepTables, placement: Placement, mix: float, search: S
     work, usage, load, busy = (np.stack(column) for column in zip(*parts, strict=True))
     where, expert = np.stack([s.where for s in states]), np.stack([s.expert for s in states])
     times = np.stack([layer_times(one) for one in usage])
-    cap = np.where(np.isfinite(search.cap), search.cap, 1e300)
+    cap = np.where(np.isfinite(search.cap), search.cap, UNLIMITED)
     batches = times.shape[1]
     proposals = search.budget * layers
     kernel = compiled_tail() if proposals * batches >= COMPILE_FROM else descend_tail

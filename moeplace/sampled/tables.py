@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moeplace.batches import Steps
+from moeplace.batches import expert_rows
 from moeplace.compute import ExpertCompute
 from moeplace.frozen import Floats, Ints
 from moeplace.network import KERNEL_OF_PHASE, NORMAL
@@ -43,7 +43,9 @@ class StepTables:
     @classmethod
     def of(cls, problem: Problem) -> StepTables:
         """Count the steps of a problem. Complexity: O(batches · tokens · layers · k)."""
-        rows = expert_rows(problem)
+        if problem.steps is None:
+            raise ValueError("the problem has no steps")
+        rows = np.ascontiguousarray(expert_rows(problem.steps), np.float32)
         if problem.objective == LOAD:
             mean = rows.sum(axis=1, keepdims=True) / problem.num_gpus
             ratio = np.divide(rows, mean, out=np.zeros_like(rows), where=mean > 0)
@@ -89,22 +91,6 @@ class StepTables:
         if self.compute is not None:
             base[:, 0], base[:, 1] = self.shared
         return base
-
-
-def expert_rows(problem: Problem) -> np.ndarray:
-    """``[layer, expert, batch]`` float32 selections of every expert in every step of a problem."""
-    steps = problem.steps
-    if steps is None:
-        raise ValueError("the problem has no steps")
-    if not isinstance(steps, Steps):
-        return np.ascontiguousarray(np.moveaxis(steps.counts, 0, 2), np.float32)
-    layers, experts, batches = problem.num_layers, problem.num_experts, steps.num_batches
-    rows = np.empty((layers, experts, batches), np.float32)
-    batch = np.arange(batches)[:, None, None] * experts
-    for layer in range(layers):
-        chosen = batch + steps.trace.experts[:, layer][steps.rows]
-        rows[layer] = np.bincount(chosen.ravel(), minlength=batches * experts).reshape(batches, experts).T
-    return rows
 
 
 def port_us(problem: Problem) -> float:
