@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from moeplace.errors import SolverError, UnknownNameError
 from moeplace.milp import BACKENDS, Backend, Budget, LinearModel, backend
+from moeplace.milp.cbc import _Log, _run
 from moeplace.milp.cpsat import scaled_row, solve_cpsat, true_bound, units
 from moeplace.milp.model import Claim, checked_point, judge
 from moeplace.solution import Status, StopReason
@@ -382,3 +383,12 @@ def test_claims_are_judged() -> None:
     assert said(None, None, StopReason.PROVEN, True)[2] is Status.FEASIBLE
     model.begin_at({x: 0.0})
     assert model.start is None
+
+
+def test_the_log_of_a_process_is_read_to_its_end() -> None:
+    """No line is lost when a process ends right after its last one, whose result is in it."""
+    code = "print('.\\n' * 3000 + 'Result - Optimal solution found', end='\\n', flush=True)"
+    for _ in range(20):
+        log = _Log(1.0, None)
+        assert _run([sys.executable, "-S", "-c", code], threading.Event(), math.inf, log) is None
+        assert log.result == "optimal solution found"

@@ -35,6 +35,7 @@ from moeplace.solution import StopReason
 TERMS_PER_WORK = 2e5
 GRACE_S = {StopReason.INTERRUPTED: 3.0, StopReason.TIME_LIMIT: 0.6}
 POLL_S = 0.05
+END = b"end of the log"
 PRINTED = 1e-5
 NUMBER = r"(-?[\d.]+(?:e[+-]?\d+)?)"
 INCUMBENT = re.compile(rf"(?:Integer solution of|MIPStart provided solution with cost) {NUMBER}")
@@ -216,18 +217,21 @@ def _process(command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], queu
         )
     except OSError as error:
         os.close(reader)
-        raise SolverError(f"CBC does not start: {error}", hint="use --backend cpsat") from error
-    finally:
         os.close(writer)
-    thread = threading.Thread(target=_pump, args=(reader, lines), daemon=True)
-    thread.start()
+        raise SolverError(f"CBC does not start: {error}", hint="use --backend cpsat") from error
+    threads = [
+        threading.Thread(target=_pump, args=(reader, writer, lines), daemon=True),
+        threading.Thread(target=_mark_end, args=(process, writer), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
     try:
         yield process, lines
     finally:
         if process.poll() is None:
             process.kill()
-        process.wait()
-        thread.join()
+        for thread in threads:
+            thread.join()
 
 
 def _line_channel() -> tuple[int, int]:
@@ -238,14 +242,21 @@ def _line_channel() -> tuple[int, int]:
         return os.pipe()
 
 
-def _pump(reader: int, lines: queue.Queue[str | None]) -> None:
-    with contextlib.suppress(OSError), os.fdopen(reader, "rb", buffering=0) as stream:  # a closed pty reads as an error
-        rest = b""
-        while block := stream.read(65536):
-            *whole, rest = (rest + block).split(b"\n")
-            for line in whole:
-                lines.put(line.decode(errors="replace").strip())
-    lines.put(None)
+def _mark_end(process: subprocess.Popen[bytes], writer: int) -> None:
+    # A pseudo-terminal may forget what is unread when its last writer closes it: it stays open until all is read.
+    process.wait()
+    os.write(writer, b"\n" + END + b"\n")
+
+
+def _pump(reader: int, writer: int, lines: queue.Queue[str | None]) -> None:
+    rest, ended = b"", False
+    while not ended and (block := os.read(reader, 65536)):
+        *whole, rest = (rest + block).split(b"\n")
+        for line in whole:
+            ended = ended or line.strip() == END
+            lines.put(None if ended else line.decode(errors="replace").strip())
+    os.close(reader)
+    os.close(writer)
 
 
 def _read_solution(path: Path, columns: dict[str, int], model: LinearModel) -> tuple[str, Floats | None]:
