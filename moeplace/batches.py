@@ -106,11 +106,14 @@ class Steps:
         ``[batch, step token]`` row of each token in ``trace``, in the order of the law's turns.
     law
         The law they were drawn by.
+    opening
+        The first tokens of their requests, for homes that go by them; None where nothing does.
     """
 
     trace: Trace
     rows: npt.NDArray[np.int64]
     law: BatchLaw
+    opening: Trace | None = None
 
     @property
     def num_batches(self) -> int:
@@ -158,6 +161,14 @@ class TokenIndex:
     def phases(self) -> list[str]:
         """Phases that occur, decode first."""
         return [PHASES[number] for number in (DECODE, PREFILL) if (self.phase == number).any()]
+
+    def first_tokens(self, count: int) -> npt.NDArray[np.int64]:
+        """Numbers of the first ``count`` tokens of every request, whatever their phase."""
+        order = np.lexsort((np.arange(len(self.request)), self.position, self.request))
+        request = self.request[order]
+        first = np.flatnonzero(np.diff(request, prepend=request[:1] - 1))
+        turn = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
+        return np.sort(order[turn < count])
 
     def by_request(self, phase: str) -> PhaseIndex:
         """Token numbers of one phase sorted by request and position, and where each request's stand."""

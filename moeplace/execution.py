@@ -10,14 +10,16 @@ from moeplace.batches import BatchLaw, Steps
 from moeplace.errors import InputError, ProblemError, unknown_name
 from moeplace.fingerprint import hashed
 from moeplace.frozen import Ints, replaced
+from moeplace.homes import AFFINITY, deal, preferences, seen_tokens
 from moeplace.overlap import MICRO_BATCHES, NONE, OVERLAPS, PING_PONG
 from moeplace.problem import CONTEXT_COHERENT, DATAFLOWS, DISPATCH_COMBINE
-from moeplace.routing import EVEN, LP, POLICIES
+from moeplace.routing import EVEN, LP, POLICIES, Router
+from moeplace.topology import Topology
 from moeplace.trace import Trace
 from moeplace.traffic import StepTokens, home_ranks
 
 AUTO_HOMES, TURN, RECORDED, RANDOM = "auto", "turn", "recorded", "random"
-HOMES = (AUTO_HOMES, TURN, RECORDED, RANDOM)
+HOMES = (AUTO_HOMES, TURN, RECORDED, RANDOM, AFFINITY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,8 @@ class Execution:
         Which copy serves a token, one of :data:`moeplace.routing.POLICIES`.
     homes
         Which rank holds a request: ``recorded`` by the trace, in ``turn``, at ``random`` by request; ``auto`` takes the
-        recorded ones where every rank exists, else deals in turn.
+        recorded ones where every rank exists, else deals in turn. ``affinity:N`` gives every request of a step, in
+        turn, the rank with room that its first N tokens (64) visited most; one that has not had them yet is dealt.
     overlap, micro_batches
         See :mod:`moeplace.overlap`; 0 micro-batches are the usual number.
     with_attention
@@ -49,7 +52,7 @@ class Execution:
     def __post_init__(self) -> None:
         for value, known, what in (
             (self.routing, POLICIES, "routing"),
-            (self.homes, HOMES, "homes"),
+            (AFFINITY if seen_tokens(self.homes) else self.homes, HOMES, "homes"),
             (self.overlap, OVERLAPS, "overlap"),
         ):
             if value not in known:
@@ -75,17 +78,20 @@ class Execution:
         return replaced(self, **changes)
 
 
-def step_tokens(steps: Steps, gpus: int, execution: Execution) -> StepTokens:
-    """Every token of every step: its micro-batch and its home."""
+def step_tokens(
+    steps: Steps, gpus: int, execution: Execution, place: tuple[Router, Topology] | None = None
+) -> StepTokens:
+    """Every token of every step: its micro-batch and its home; homes by affinity need the copies and the network."""
     batches, size = steps.rows.shape
     row, turn = steps.rows.reshape(-1), np.tile(steps.law.turns(), batches)
     part = _parts_of(steps.law, gpus, execution.parts)
+    home = _by_affinity(steps, place) if place is not None and seen_tokens(execution.homes) else None
     group = np.repeat(np.arange(batches), size) * execution.parts + np.tile(part, batches)
     return StepTokens(
         row=row,
         group=group,
         num_groups=batches * execution.parts,
-        home=_homes_of(steps.trace, row, turn, (gpus, execution.homes)),
+        home=_homes_of(steps.trace, row, turn, (gpus, execution.homes)) if home is None else home,
     )
 
 
@@ -100,6 +106,23 @@ def _parts_of(law: BatchLaw, gpus: int, parts: int) -> Ints:
     length = np.diff(first, append=len(turns))
     inside = np.arange(len(turns)) - np.repeat(first, length)
     return np.where(np.repeat(length, length) >= parts, inside * parts // np.repeat(length, length), turns % parts)
+
+
+def _by_affinity(steps: Steps, place: tuple[Router, Topology]) -> Ints:
+    """``[step token]`` homes by what the first tokens of each request visited."""
+    router, topology = place
+    opening = steps.opening
+    if opening is None:
+        raise InputError("the steps know no first tokens", rule="homes by affinity go by the first tokens of requests")
+    turns = steps.law.turns()
+    first = np.flatnonzero(np.diff(turns, prepend=-1))
+    names, preference = preferences(opening, router.gpu_share(topology.num_gpus), topology)
+    last = np.full(len(names), -1, np.int64)
+    np.maximum.at(last, np.searchsorted(names, opening.request), opening.position)
+    rows = steps.rows[:, first]
+    which = np.searchsorted(names, steps.trace.request[rows])
+    home = deal(preference[which], steps.trace.position[rows] > last[which])
+    return np.repeat(home, np.bincount(turns), axis=1).reshape(-1)
 
 
 def _homes_of(trace: Trace, row: Ints, turn: Ints, rule: tuple[int, str]) -> Ints:

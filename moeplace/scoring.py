@@ -11,8 +11,9 @@ import numpy as np
 from moeplace.affinity import RoutingStats, count_routing
 from moeplace.batches import MIXED, BatchLaw, Steps, TokenIndex, default_law, draw, gather
 from moeplace.errors import InputError
-from moeplace.execution import Execution
+from moeplace.execution import AUTO_HOMES, Execution
 from moeplace.frozen import Floats, Ints
+from moeplace.homes import seen_tokens
 from moeplace.metrics import TrafficMetrics, max_over_mean, traffic_metrics
 from moeplace.model import ModelSpec
 from moeplace.naive import NaiveTimes, naive_times
@@ -178,7 +179,7 @@ def score(
     phases = [options["phase"]] if options.get("phase") else index.phases()
     scores = []
     for phase in phases:
-        steps = draw_steps(source, index, _law(index, phase, options))
+        steps = draw_steps(source, index, _law(index, phase, options), execution.homes)
         scores += [entry.on_steps(steps) for entry in entries]
     return tuple(scores)
 
@@ -203,10 +204,12 @@ def batch_document(law: BatchLaw) -> dict[str, Any]:
     return {name: getattr(law, name) for name in names}
 
 
-def draw_steps(source: TraceStream, index: TokenIndex, law: BatchLaw) -> Steps:
-    """Draw the steps of a law from a stream and read their tokens."""
+def draw_steps(source: TraceStream, index: TokenIndex, law: BatchLaw, homes: str = AUTO_HOMES) -> Steps:
+    """Draw the steps of a law from a stream and read their tokens, and first tokens where ``homes`` go by them."""
     trace, rows = gather(source, draw(index, law))
-    return Steps(trace=trace, rows=rows, law=law)
+    seen = seen_tokens(homes)
+    opening = gather(source, index.first_tokens(seen))[0] if seen else None
+    return Steps(trace=trace, rows=rows, law=law, opening=opening)
 
 
 def counts_law(counts: Counts, num_gpus: int, phase: str | None = None) -> BatchLaw:

@@ -212,7 +212,7 @@ class _TokenRun:
         self.topology, self.model = place
         self.router, self.execution = router, execution
         self.trace, self.law, self.meta = steps.trace, steps.law, steps.trace.meta
-        self.tokens = step_tokens(steps, self.topology.num_gpus, execution)
+        self.tokens = step_tokens(steps, self.topology.num_gpus, execution, (router, self.topology))
         groups, gpus = self.tokens.num_groups, self.topology.num_gpus
         held = self.tokens.group * gpus + self.tokens.home
         self.home_rows = np.bincount(held, minlength=groups * gpus).reshape(groups, gpus)

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,22 @@ class Whole(click.ParamType):  # type: ignore[type-arg] # generic since click 8.
         if number < self.low:
             self.fail(f"{value!r} is not a whole number of at least {self.low}", param, ctx)
         return number
+
+
+class Homes(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
+    """A rule of :class:`moeplace.execution.Execution`."""
+
+    name = "rule"
+
+    def __init__(self, known: Sequence[str]) -> None:
+        self.known = known
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check the name; what follows a colon is checked where it is used."""
+        name, colon, _ = str(value).partition(":")
+        if name not in self.known or (colon and name != "affinity"):
+            self.fail(f"{value!r} is none of {', '.join(self.known)}, affinity:N", param, ctx)
+        return str(value)
 
 
 class KeyValue(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
@@ -311,9 +327,10 @@ def execution(command: Command) -> Command:
         ),
         option(
             "--homes",
-            type=click.Choice(["auto", "recorded", "turn", "random"]),
+            type=Homes(["auto", "recorded", "turn", "random", "affinity"]),
             default="auto",
-            help="Which GPU holds a request: as recorded, in turn, or at random; auto: recorded if it can be.",
+            help="Which GPU holds a request: recorded, turn, random, or affinity:N, the one with room that its first "
+            "N (64) tokens visited most; auto: recorded if it can be, else in turn.",
         ),
         option(
             "--routing",

@@ -18,6 +18,7 @@ from moeplace.cli import EXIT_INTERRUPTED
 from moeplace.cli.inputs import check_paths, choices_of, open_source, warn
 from moeplace.cli.options import (
     Duration,
+    Homes,
     KeyValue,
     Requirement,
     Share,
@@ -84,6 +85,11 @@ Examples:
 @option("--seed", type=Whole(0), default=0, help="Random seed.")
 @option("--pareto", is_flag=True, help="Sweep the load cap, show the front, and return its least step time.")
 @option("--fit", metavar="SPLIT", help="Fit on a part of the trace: half:SEED, domain:NAME,… or time:FRACTION.")
+@option(
+    "--homes",
+    type=Homes(["affinity"]),
+    help="Rename GPUs for servers that give a request the rank its first N (64) tokens visit most: affinity:N.",
+)
 @option("--baseline", type=click.Path(allow_dash=True), help="The placement now deployed, to count moves from.")
 @option("--format", "output_format", metavar="NAME", default="native", help="Placement format (moeplace list formats).")
 @option("--output", "-o", type=click.Path(allow_dash=True), help="Where the placement goes; default: standard output.")
@@ -105,6 +111,7 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
     to standard error.
     """
     from moeplace.build import assumptions, build_problem, check_law, describe, preset_for, trace_warnings
+    from moeplace.cohosting import cohost
     from moeplace.exporters import (
         DEFAULT,
         Target,
@@ -161,6 +168,9 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
                 log.front(front)
             else:
                 solution = solve(problem, options["solver"], limits, log)
+        if options["homes"]:
+            test = open_source(trace, options, split=fit, part="test") if fit else None
+            solution = cohost(problem, solution, options["homes"], source, test)
         log.tail(solution, problem)
         document = document_of(problem, solution, limits, front)
         if file is not None:
