@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from moeplace.hypergraph.layer import Effort, Found, Layer, LayerSearch
 from moeplace.hypergraph.patterns import Patterns
+from moeplace.hypergraph.relaxation import default_steps
 from moeplace.hypergraph.split import split_nodes
 
-__all__ = ["Effort", "Found", "Layer", "LayerSearch", "Patterns", "split_nodes"]
+__all__ = ["Effort", "Found", "Layer", "LayerSearch", "Patterns", "default_steps", "split_nodes"]

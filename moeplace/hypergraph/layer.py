@@ -21,6 +21,7 @@ from moeplace.hypergraph.exchange import exchanged
 from moeplace.hypergraph.master import Master
 from moeplace.hypergraph.pairs import pair_bound
 from moeplace.hypergraph.patterns import Patterns
+from moeplace.hypergraph.relaxation import relaxed_bound
 
 ROOM = 1e-9  # of a cap, for the rounding of sums
 FIRST_WINDOW = 0.003  # of the bound: reduced costs of the first columns tried
@@ -28,6 +29,7 @@ SMOOTHING = 0.3  # weight of the best prices so far in those tried next (Wentges
 CLOSED = 1e-7  # of the value: the relaxation's gap at which pricing ends
 KEPT_COLUMNS = 3000
 UNLISTED = 3  # where sets are too many to list, programmes are harder: so much fewer columns
+GLANCE_TURNS, GLANCE_SWAPS = 10, 8
 STARTS = 48  # columns that exchanges start from, in a round
 EXCHANGED_SIZE = 16  # larger sets hardly recombine
 
@@ -78,6 +80,8 @@ class Effort:
         Annealing runs, temperatures of each, and proposals of each expert at each.
     gap
         Relative gap at which a layer is done.
+    steps
+        Of the semidefinite relaxation, where sets are too many to count through.
     """
 
     columns: int = 20_000
@@ -87,6 +91,7 @@ class Effort:
     turns: int = 60
     swaps: int = 256
     gap: float = 0.0
+    steps: int = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,17 @@ class LayerSearch:
         value = self.layer.patterns.copies(group, len(self.layer.rooms))
         if value < self.found.value:
             self.found = replace(self.found, group=group, value=float(value))
+
+    def glance(self) -> None:
+        """Anneal for a moment, so that something better than the start is known. Complexity: O(patterns · GPUs)."""
+        start = self.found.group
+        if start is None or self.stop() or self._closed():
+            return
+        annealer = Annealer(self.layer.patterns, self.layer.load, self.cap, len(self.layer.rooms))
+        schedule = Schedule(turns=GLANCE_TURNS, swaps=GLANCE_SWAPS * self.layer.patterns.num_experts)
+        best, _ = annealer.run(start, schedule, self.seed, stop=self.stop)
+        if self.layer.keeps_cap(best):
+            self.offer(best)
 
     def run(self) -> Found:
         """Search until proved, or the effort is spent."""
@@ -291,6 +307,7 @@ class LayerSearch:
         """Anneal; let exchanges and the relaxation over what they find add columns; choose among them; bound."""
         self._anneal(self.effort.runs)
         self._raise(pair_bound(self.layer.patterns, self.layer.rooms))
+        self._relax_pairs()
         if self.stop() or not len(self.pool) or self._closed():
             return
         relaxed = self.master.relax(self.pool)
@@ -307,6 +324,14 @@ class LayerSearch:
         within = np.flatnonzero(reduced <= self.found.value - relaxed.value)
         within = within[np.argsort(reduced[within], kind="stable")[: self.effort.columns // 2]]
         self._choose(self.pool.take(np.sort(within)), math.nan)
+
+    def _relax_pairs(self) -> None:
+        """Raise the bound by the semidefinite relaxation, where groups are equal."""
+        patterns, group = self.layer.patterns, self.found.group
+        if group is None or self._closed() or len(self.groups) > 1:
+            return
+        number = next(iter(self.groups.values()))
+        self._raise(relaxed_bound(patterns, group, number, steps=self.effort.steps, stop=self.stop))
 
     def _exchanges(self, pool: Pool, price: Floats) -> list[Pool]:
         """New columns by exchanges, size by size."""

@@ -8,9 +8,8 @@ where slots are spare they stay empty.
 from __future__ import annotations
 
 import math
-import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,13 +18,14 @@ import numpy.typing as npt
 from moeplace.bounds import load_floor, objective_bound
 from moeplace.errors import InputError, ProblemError
 from moeplace.frozen import Ints
-from moeplace.hypergraph import Effort, Found, Layer, LayerSearch, Patterns, split_nodes
+from moeplace.hypergraph import Effort, Found, Layer, LayerSearch, Patterns, default_steps, split_nodes
 from moeplace.objective import UNITS, objective_value
 from moeplace.packing import pack_layers
 from moeplace.packing.eplb import balance_global, slots_without_copies
 from moeplace.placement import EMPTY, Placement
 from moeplace.problem import COPIES, Problem
 from moeplace.solution import Clock, Limits, Report, Solution, Stage, Status, StopReason
+from moeplace.solvers._layers import work_layers
 
 DESCRIPTION = "the fewest GPUs or nodes a token's experts touch, within load caps, proved layer by layer"
 USES_START = True
@@ -37,8 +37,6 @@ OPTIONS: Mapping[str, str] = {
 FAST_GAP = 0.005
 KICKS = 100
 LARGE = 128  # experts from which annealing gets the time of its quadratic tables
-POLL_S = 0.05
-GRACE_S = 1.5  # for steps under way when a run is stopped; after it the best so far is taken
 NODE_MARGINS = (1.0, 0.5, 0.25)  # of the room that a cap leaves nodes, until their GPUs can keep it too
 
 
@@ -85,6 +83,7 @@ def _effort(mode: str, limits: Limits, experts: int) -> Effort:
         runs=max(1, round((1 if large else 8) * work)),
         swaps=256 if large and mode == MODES[0] else 192,
         gap=limits.gap,
+        steps=default_steps(experts, work),
     )
     if mode == MODES[0]:
         return effort
@@ -95,6 +94,7 @@ def _effort(mode: str, limits: Limits, experts: int) -> Effort:
         runs=max(1, effort.runs // 3),
         swaps=64,
         gap=max(FAST_GAP, limits.gap),
+        steps=effort.steps // 4,
     )
 
 
@@ -203,43 +203,24 @@ class _Run:
         return self.clock.left_s
 
     def _work(self, jobs: list[_Job], start: Ints) -> None:
-        """Solve all layers in threads; every layer is solved alone, so their number changes nothing.
+        """A glance at every layer, so that a stop finds none untouched; then each to its end."""
 
-        The threads do not hold up the interpreter: a step of HiGHS cannot be interrupted, and is left behind.
-        """
-        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for layer in range(len(jobs)):
-            waiting.put(layer)
-        ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        def glance(layer: int) -> None:
+            self._guarded(jobs[layer], jobs[layer].search.glance)
 
-        def work() -> None:
-            while not self._over():
-                try:
-                    layer = waiting.get_nowait()
-                except queue.Empty:
-                    return
-                try:
-                    self._layer(jobs[layer], layer, start)
-                except BaseException as error:  # told to the caller in its own thread
-                    jobs[layer].failed = error
-                ended.put(layer)
+        def search(layer: int) -> None:
+            self._guarded(jobs[layer], lambda: self._layer(jobs[layer], layer, start))
 
-        threads = [
-            threading.Thread(target=work, daemon=True) for _ in range(min(len(jobs), max(1, self.limits.threads)))
-        ]
-        for thread in threads:
-            thread.start()
-        done, late = 0, math.inf
-        while any(thread.is_alive() for thread in threads) and self.clock.seconds < late:
-            try:
-                layer = ended.get(timeout=POLL_S)
-                done += 1
-                self._tell(jobs, layer, done)
-            except queue.Empty:
-                pass
-            if self.clock.over and late == math.inf:
-                late = self.clock.seconds + GRACE_S
+        threads = self.limits.threads
+        work_layers(len(jobs), glance, self.clock, threads=threads, ended=lambda layer, done: None)
+        work_layers(len(jobs), search, self.clock, threads=threads, ended=lambda *told: self._tell(jobs, *told))
         self.abandoned.set()
+
+    def _guarded(self, job: _Job, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # told to the caller in its own thread
+            job.failed = error
 
     def _layer(self, job: _Job, layer: int, start: Ints) -> None:
         job.search.run()
