@@ -298,6 +298,15 @@ def constants(command: Command) -> Command:
     return command
 
 
+def routing_choice(usual: str) -> Callable[[Command], Command]:
+    """Return the option that names the replica choice, with what it is by default."""
+    return option(
+        "--routing",
+        type=click.Choice(["even", "weighted", "nearest", "topology-aware", "lp-static", "lp", "fewest-gpus"]),
+        help=f"Which copy of an expert serves a token; lp splits every step's tokens evenly. Default: {usual}.",
+    )
+
+
 def execution(command: Command) -> Command:
     """Add how an engine runs a step."""
     for decorate in (
@@ -315,12 +324,7 @@ def execution(command: Command) -> Command:
             default="auto",
             help="Which GPU holds a request: as recorded, in turn, or at random; auto: recorded if it can be.",
         ),
-        option(
-            "--routing",
-            type=click.Choice(["even", "weighted", "nearest", "topology-aware", "lp-static", "lp"]),
-            default="even",
-            help="Which copy of an expert serves a token; lp splits every step's tokens as evenly as can be.",
-        ),
+        routing_choice("even, or what a placement file names"),
     ):
         command = decorate(command)
     return command
