@@ -295,6 +295,8 @@ def test_a_placement_file_names_its_routing(tmp_path: Path, capsys: pytest.Captu
     own = shell(f"score {trace} {path} --batches 4 --json")
     assert own.json["scores"][0]["execution"]["routing"] == FEWEST
     assert "as its file says" in own.err
+    export = shell(f"export {path} --format csv -o {tmp_path / 'a.csv'}")
+    assert "csv files do not carry the replica choice fewest-gpus" in export.err
     other = shell(f"score {trace} {path} --batches 4 --json --routing even")
     assert other.json["scores"][0]["execution"]["routing"] == EVEN
     path.write_text(path.read_text().replace("fewest-gpus", "by-magic"))

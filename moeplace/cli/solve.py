@@ -115,6 +115,7 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
         check_room,
         load_exporter,
         numbering_note,
+        routing_note,
         suffix_for,
         write_placement,
     )
@@ -155,6 +156,7 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
         log.head(describe(problem), said, noted)
         known = problem.model if choices.model or preset_for(source.meta, source.meta.model_id) else None
         noted += numbering_note(options["output_format"], known, source.meta.layer_ids)
+        noted += routing_note(options["output_format"], problem.routing)
         warn((*said, *noted), quiet=quiet or log.shown)
         limits = _limits(options)
         with _stop_on_interrupt(limits.stop):
