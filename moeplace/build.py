@@ -20,6 +20,7 @@ from moeplace.packing.eplb import balance_global
 from moeplace.placement import Placement
 from moeplace.presets import is_path
 from moeplace.problem import DISPATCH_COMBINE, STEP_TIME, Problem, slots_for
+from moeplace.routing import EVEN
 from moeplace.scoring import draw_steps, law_for
 from moeplace.tails import MEAN
 from moeplace.topology import Topology, load_topology
@@ -64,6 +65,8 @@ class Choices:
         Steps to draw for a risk; given with the mean, the mean over them is minimised, not the mean step.
     baseline
         The placement now deployed.
+    routing
+        Which copy of an expert serves a token; default: copies share evenly.
     """
 
     model: str | None = None
@@ -91,6 +94,7 @@ class Choices:
     risk_batches: int | None = None
     arrival: str | None = None
     baseline: Placement | None = None
+    routing: str | None = None
 
 
 def build_problem(
@@ -159,6 +163,7 @@ def build_problem(
         steps=_steps(source, law, choices),
         risk=choices.risk,
         baseline=choices.baseline,
+        routing=choices.routing or EVEN,
     )
 
 
@@ -328,6 +333,7 @@ def describe(problem: Problem) -> Mapping[str, str]:
     each = f"{low} per GPU" if low == high else f"{low} to {high} per GPU"
     width = f"hidden {model.hidden}, expert inner {model.expert_inner}, {model.weight_bytes:g} bytes a weight"
     requests = f", {plural(stats.num_requests, 'request')}" if stats.num_requests else ""
+    way = "" if problem.routing == EVEN else f", copies chosen {problem.routing}"
     cap = ""
     if problem.load_cap is not None:
         lowest, highest = float(problem.load_cap.min()), float(problem.load_cap.max())
@@ -342,7 +348,7 @@ def describe(problem: Problem) -> Mapping[str, str]:
         "topology": f"{problem.topology.name}: {problem.num_gpus} × {problem.topology.accelerator.name}, "
         f"{plural(problem.topology.num_nodes, 'node')}",
         "slots": f"{problem.num_slots} per layer, {each}, {problem.num_slots - problem.num_experts} redundant",
-        "objective": f"{problem.objective} under {problem.dataflow}{cap}",
+        "objective": f"{problem.objective} under {problem.dataflow}{cap}{way}",
         "step": f"{law.phase}, {step}",
     }
     if problem.baseline is not None:

@@ -25,6 +25,7 @@ from moeplace.migration import Schedule, schedule_moves
 from moeplace.model import ModelSpec, load_model
 from moeplace.placement import Placement
 from moeplace.problem import slots_for
+from moeplace.routing import EVEN, POLICIES
 from moeplace.scoring import Score
 from moeplace.solvers.linear import contiguous
 from moeplace.topology import Topology, load_topology
@@ -48,6 +49,8 @@ class Contest:
         What was not said but assumed, one sentence each.
     fitted_on
         Label → digest of the tokens a placement file says it was fitted on.
+    routings
+        Label → replica choice that a placement file names, where it is not the even one and no other is asked for.
     """
 
     placements: Mapping[str, Placement]
@@ -55,6 +58,7 @@ class Contest:
     model: ModelSpec
     assumptions: tuple[str, ...]
     fitted_on: Mapping[str, str]
+    routings: Mapping[str, str]
 
 
 def build_contest(
@@ -94,6 +98,7 @@ def build_contest(
     fitted = [measured(place, model, choices) for place in places]
     said += dict.fromkeys(sentence for _, told in fitted for sentence in told)
     said += _other_dataflows(files, choices.dataflow)
+    routings = {} if choices.routing else _routings(files, said)
     gpus, meta = places[0].num_gpus, source.meta
     linear = contiguous(slots_for(meta.num_experts, gpus), meta.num_layers, meta.num_experts)
     return Contest(
@@ -102,7 +107,23 @@ def build_contest(
         model=model,
         assumptions=tuple(said),
         fitted_on={label: _trace_digest(file) for label, file in files.items() if file is not None},
+        routings=routings,
     )
+
+
+def _routings(files: Mapping[str, PlacementFile | None], said: list[str]) -> dict[str, str]:
+    """Replica choices that files name; ``said`` grows by a sentence for each, and for those that are not known."""
+    found = {}
+    for label, file in files.items():
+        named = None if file is None else file.details.get("routing")
+        if not isinstance(named, str) or named == EVEN:
+            continue
+        if named in POLICIES:
+            found[label] = named
+            said.append(f"{label}: copies are chosen {named}, as its file says; --routing names another choice")
+        else:
+            said.append(f"{label}: its replica choice {named!r} is not known, copies share evenly; --routing names one")
+    return found
 
 
 def _trace_digest(file: PlacementFile) -> str:

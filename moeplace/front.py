@@ -17,8 +17,7 @@ import numpy as np
 from moeplace.bounds import load_floor, objective_bound, step_time_bound
 from moeplace.errors import NothingFoundError
 from moeplace.frozen import Floats
-from moeplace.metrics import max_over_mean
-from moeplace.objective import UNITS, objective_value
+from moeplace.objective import UNITS, load_ratio, objective_value
 from moeplace.placement import Placement
 from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, LOAD, STEP_TIME, Problem
 from moeplace.solution import Clock, Limits, Report, Solution, Status, StopReason
@@ -141,7 +140,7 @@ def _caps(problem: Problem, limits: Limits) -> tuple[Placement | None, list[Floa
     balanced = solve(_mean_step(problem, LOAD), "balance", share).placement
     if balanced is None:
         return None, [problem.load_cap]
-    ratio = max_over_mean(balanced, problem.stats.load) * (1 + 1e-9)
+    ratio = load_ratio(problem, balanced) * (1 + 1e-9)
     caps: list[Floats | None] = []
     for slack in SLACKS:
         cap = ratio * (1 + slack)
@@ -165,7 +164,7 @@ def _front(problem: Problem, kind: str, found: Sequence[tuple[Problem, Solution]
     for _, answer in found:
         placement = answer.placement
         if placement is not None:
-            load = float(max_over_mean(placement, problem.stats.load).mean())
+            load = float(load_ratio(problem, placement).mean())
             rows.append((load, objective_value(parted, placement), objective_value(problem, placement)))
     values = np.array(rows)
     points = tuple(

@@ -70,14 +70,28 @@ def objective_value(problem: Problem, placement: Placement) -> float:
     if problem.objective == STEP_TIME:
         return mean_step_times(problem, placement).total
     if problem.objective == LOAD:
-        return float(max_over_mean(placement, problem.stats.load).mean())
+        return float(load_ratio(problem, placement).mean())
     if problem.objective == CROSS:
-        shares = cross_shares(problem.stats, placement, problem.topology)
+        shares = cross_shares(problem.stats, placement, problem.topology, router_of(problem, placement))
         return 0.0 if shares is None else shares[0 if problem.copies_level == GPU else 1]
     if problem.stats.sample is None:
         return float("nan")
-    copies = token_metrics(problem.stats.sample, placement, problem.topology)
+    copies = token_metrics(problem.stats.sample, placement, problem.topology, router_of(problem, placement))
     return copies[0] if problem.copies_level == GPU else copies[1]
+
+
+def router_of(problem: Problem, placement: Placement) -> Router | None:
+    """Return the problem's replica choice for a placement, with the fit part as its profile; None: an even one."""
+    if problem.shares_evenly:
+        return None
+    sample = problem.stats.sample
+    tokens = None if sample is None else sample.experts
+    return Router.of(placement, problem.topology, problem.routing, problem.stats.load, tokens)
+
+
+def load_ratio(problem: Problem, placement: Placement) -> Floats:
+    """``[layer]`` max/mean GPU load under the problem's replica choice."""
+    return max_over_mean(placement, problem.stats.load, router_of(problem, placement))
 
 
 def step_values(problem: Problem, placement: Placement) -> Floats:
@@ -91,7 +105,16 @@ def step_values(problem: Problem, placement: Placement) -> Floats:
     if isinstance(steps, Counts):
         run = simulate_counts(steps, placement, topology, model, phase=problem.law.phase)
     else:
-        run = simulate(steps, placement, topology, model, Execution(dataflow=problem.dataflow))
+        execution, sample = Execution(dataflow=problem.dataflow, routing=problem.routing), problem.stats.sample
+        run = simulate(
+            steps,
+            placement,
+            topology,
+            model,
+            execution,
+            profile=problem.stats.load,
+            tokens=None if sample is None else sample.experts,
+        )
     return run.step_us if problem.objective == STEP_TIME else run.step_max_over_mean
 
 
@@ -102,10 +125,11 @@ def terms(problem: Problem, placement: Placement) -> Mapping[str, Term]:
         times = mean_step_times(problem, placement)
         for name, values in (("compute", times.compute), ("dispatch", times.dispatch), ("combine", times.combine)):
             result[f"{name}_us"] = Term(value=float(values.sum()), unit="µs")
-    ratio = max_over_mean(placement, problem.stats.load)
+    router = router_of(problem, placement)
+    ratio = max_over_mean(placement, problem.stats.load, router)
     result["load_max_over_mean_mean"] = Term(value=float(ratio.mean()), unit="max/mean")
     result["load_max_over_mean_worst"] = Term(value=float(ratio.max()), unit="max/mean")
-    metrics = traffic_metrics(problem.stats, placement, problem.topology)
+    metrics = traffic_metrics(problem.stats, placement, problem.topology, router)
     units = {"cross": "share of pairs", "copies": "copies/token", "next": "share of choices"}
     for name in metrics.__slots__:
         value = getattr(metrics, name)
@@ -119,13 +143,17 @@ def mean_step_times(problem: Problem, placement: Placement) -> LayerTimes:
     tokens = problem.law.step_tokens
     model, topology = problem.model, problem.topology
     compute = ExpertCompute.of(model, topology.accelerator, problem.law.phase)
-    memory, arithmetic = copy_costs(problem, placement.replicas(), compute)
-    copies = placement.copies().astype(np.float64)
-    rank_us = compute.expected_rank_us(
-        np.einsum("lge,le->lg", copies, memory),
-        np.einsum("lge,le->lg", copies, arithmetic),
-        tokens / problem.num_gpus,
-    )
+    router = router_of(problem, placement)
+    if router is None:
+        memory, arithmetic = copy_costs(problem, placement.replicas(), compute)
+        copies = placement.copies().astype(np.float64)
+        on_gpu = (np.einsum("lge,le->lg", copies, memory), np.einsum("lge,le->lg", copies, arithmetic))
+    else:
+        rows = problem.stats.selections_per_token[:, None] * tokens * router.gpu_share(problem.num_gpus)
+        memory, arithmetic = compute.expected_copy_us(rows)
+        held = placement.copies() > 0
+        on_gpu = (np.where(held, memory, 0.0).sum(axis=2), np.where(held, arithmetic, 0.0).sum(axis=2))
+    rank_us = compute.expected_rank_us(*on_gpu, tokens / problem.num_gpus)
     if topology.gpu_speed is not None:
         rank_us = rank_us / topology.gpu_speed
     busiest: Floats = rank_us.max(axis=1)
@@ -159,7 +187,9 @@ def mean_dispatch_traffic(problem: Problem, placement: Placement, kernel: str) -
     """
     if kernel == NORMAL and problem.stats.sample is not None:
         return _sampled_dispatch(problem, placement), NORMAL
-    copies = np.einsum("lse,lge->lsg", home_selections(problem), placement.even_share()) * problem.law.step_tokens
+    router = router_of(problem, placement)
+    share = placement.even_share() if router is None else router.gpu_share(problem.num_gpus)
+    copies = np.einsum("lse,lge->lsg", home_selections(problem), share) * problem.law.step_tokens
     shape = (problem.num_layers, problem.num_gpus, problem.num_gpus)
     return Traffic(copies=np.broadcast_to(copies, shape)), LOW_LATENCY
 
@@ -182,7 +212,7 @@ def _sampled_dispatch(problem: Problem, placement: Placement) -> Traffic:
     sample, topology = problem.stats.sample, problem.topology
     if sample is None:
         raise TopologyError("no token sample", rule="normal kernels need tokens")
-    router = Router.of(placement, topology)
+    router = router_of(problem, placement) or Router.of(placement, topology)
     token = np.arange(sample.num_tokens)
     home = home_ranks(sample.rank, token, topology.num_gpus)
     group = (np.zeros(sample.num_tokens, np.int64), 1)
@@ -202,7 +232,8 @@ def mean_chain_traffic(problem: Problem, placement: Placement) -> Traffic:
     stats = problem.stats
     if stats.transition is None:
         raise TopologyError("no transitions", rule="context-coherent execution needs per-token traces")
-    share = placement.even_share()
+    router = router_of(problem, placement)
+    share = placement.even_share() if router is None else router.gpu_share(problem.num_gpus)
     per_token = stats.transition / stats.num_tokens
     moved = [share[layer] @ per_token[layer] @ share[layer + 1].T for layer in range(stats.meta.num_layers - 1)]
     shape = (len(moved), problem.num_gpus, problem.num_gpus)

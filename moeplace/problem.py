@@ -14,6 +14,7 @@ from moeplace.errors import ProblemError
 from moeplace.frozen import digest, frozen_array, replaced, seal
 from moeplace.model import ModelSpec
 from moeplace.placement import Placement, spread_slots
+from moeplace.routing import EVEN, POLICIES
 from moeplace.tails import MEAN, RISKS
 from moeplace.topology import Topology
 from moeplace.trace import Counts
@@ -52,6 +53,8 @@ class Problem:
     steps, risk
         Steps drawn from the fit part, or recorded counts; ``load`` and ``step-time`` are then the risk (one of
         :data:`~moeplace.tails.RISKS`) of their values. Without steps they are those of the mean step.
+    routing
+        Which copy of an expert serves a token, one of :data:`~moeplace.routing.POLICIES`; the objective is under it.
     start, baseline
         A placement to start from, and the one now deployed; both optional.
 
@@ -73,6 +76,7 @@ class Problem:
     whole_model: bool = False
     steps: Steps | Counts | None = None
     risk: str = MEAN
+    routing: str = EVEN
     start: Placement | None = None
     baseline: Placement | None = None
 
@@ -93,6 +97,7 @@ class Problem:
             (self.objective, OBJECTIVES, "objective"),
             (self.copies_level, COPIES_LEVELS, "copies level"),
             (self.risk, RISKS, "risk"),
+            (self.routing, POLICIES, "routing"),
         ):
             if value not in known:
                 raise ProblemError(f"{what} {value!r}", rule=f"one of {', '.join(known)}")
@@ -178,6 +183,11 @@ class Problem:
     def num_slots(self) -> int:
         """Slots per layer over all GPUs."""
         return int(self.slots_per_gpu.sum())
+
+    @property
+    def shares_evenly(self) -> bool:
+        """Whether copies of an expert share its tokens evenly, or no slot is spare for a second copy."""
+        return self.routing == EVEN or (self.num_slots == self.num_experts and not self.whole_model)
 
     @property
     def divides_evenly(self) -> bool:

@@ -15,8 +15,8 @@ from rich.text import Text
 
 from moeplace.diff import Change, move_terms
 from moeplace.front import Front
-from moeplace.metrics import max_over_mean
 from moeplace.migration import Schedule
+from moeplace.objective import load_ratio
 from moeplace.problem import Problem
 from moeplace.solution import Incumbent, Report, Solution, relative_gap
 
@@ -249,7 +249,7 @@ class SolveLog(Report):
             bound = "none known" if solution.bound is None else number(solution.bound)
             gap = "" if solution.gap is None else f", gap {solution.gap:.3%}"
             lines["objective"] = f"{number(solution.objective)} {solution.unit}; bound {bound}{gap}"
-            worst = max_over_mean(solution.placement, problem.stats.load)
+            worst = load_ratio(problem, solution.placement)
             lines["load max/mean"] = f"{worst.mean():.4f} mean over layers, {worst.max():.4f} worst"
             figures = f"balancedness {(1 / worst).mean():.4f}, imbalance ratio {worst.mean() - 1:.4f}"
             lines["load"] = f"{figures}, mean over layers (mean/max, and (max - mean)/mean)"

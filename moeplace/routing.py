@@ -6,12 +6,14 @@
 * ``topology-aware``: the same GPU, else the same node, else all (on direct networks the fewest hops), weighted within:
   TAR of GRACE-MoE (arXiv 2509.25041), with its load prediction.
 * ``lp-static``: shares that make the busiest GPU of the profile as little loaded as possible (:mod:`moeplace.balance`).
+* ``fewest-gpus``: a token visits as few GPUs as the copies of its experts allow, and decides between equals by weights
+  of GPUs that even out loads of a profile's tokens (:mod:`moeplace.fanout`).
 * ``lp``: the same for every step by itself, as LPLB and SGLang's ``--ep-dispatch-algorithm lp`` do online.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,22 +21,24 @@ import numpy.typing as npt
 
 from moeplace.balance import least_busy_split
 from moeplace.errors import unknown_name
+from moeplace.fanout import choose_copies, distinct_patterns, expected_shares, learn_weights
 from moeplace.fingerprint import hashed
 from moeplace.frozen import Floats, Ints
 from moeplace.placement import EMPTY, Placement
 from moeplace.topology import Topology
 
-EVEN, WEIGHTED, NEAREST, TOPOLOGY_AWARE, LP_STATIC, LP = (
+EVEN, WEIGHTED, NEAREST, TOPOLOGY_AWARE, LP_STATIC, LP, FEWEST = (
     "even",
     "weighted",
     "nearest",
     "topology-aware",
     "lp-static",
     "lp",
+    "fewest-gpus",
 )
 STEP = np.uint64(0x9E3779B97F4A7C15)  # multiples of it spread evenly over 64 bits
-POLICIES = (EVEN, WEIGHTED, NEAREST, TOPOLOGY_AWARE, LP_STATIC, LP)
-BY_PROFILE = (WEIGHTED, TOPOLOGY_AWARE, LP_STATIC)  # policies that go by loads known beforehand
+POLICIES = (EVEN, WEIGHTED, NEAREST, TOPOLOGY_AWARE, LP_STATIC, LP, FEWEST)
+BY_PROFILE = (WEIGHTED, TOPOLOGY_AWARE, LP_STATIC, FEWEST)  # policies that go by loads known beforehand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,10 @@ class ReplicaTable:
         """``[layer, expert, copy]`` GPU of each copy."""
         return self.slot // self.slots_per_gpu
 
+    def of_layer(self, layer: int) -> tuple[Ints, Ints, Ints]:
+        """``[expert, copy]`` slots and GPUs and ``[expert]`` counts of copies of one layer."""
+        return self.slot[layer], self.slot[layer] // self.slots_per_gpu, self.count[layer]
+
     def is_copy(self) -> npt.NDArray[np.bool_]:
         """``[layer, expert, copy]`` False where a copy is only repeated."""
         return np.arange(self.slot.shape[2]) < self.count[:, :, None]
@@ -96,16 +104,27 @@ class Router:
         last copy on.
     class_of_home
         ``[GPU]`` class that tokens of this home belong to.
+    weight
+        ``[layer, GPU]`` weights of ``fewest-gpus``; None with other policies.
+    served
+        ``[layer, GPU, expert]`` shares that were counted on tokens (:meth:`measured`); None: those of ``upto``.
     """
 
     policy: str
     table: ReplicaTable
     upto: npt.NDArray[np.float32]
     class_of_home: Ints
+    weight: Floats | None = None
+    served: Floats | None = None
 
     @classmethod
     def of(
-        cls, placement: Placement, topology: Topology, policy: str = EVEN, load: npt.NDArray[Any] | None = None
+        cls,
+        placement: Placement,
+        topology: Topology,
+        policy: str = EVEN,
+        load: npt.NDArray[Any] | None = None,
+        tokens: npt.NDArray[Any] | None = None,
     ) -> Router:
         """Apply a policy.
 
@@ -117,6 +136,9 @@ class Router:
             One of :data:`POLICIES`.
         load
             ``[layer, expert]`` loads of a profile, from which loads of GPUs are predicted; default: all alike.
+        tokens
+            ``[token, layer, k]`` experts of a profile's tokens, from which ``fewest-gpus`` learns its weights and
+            shares; default: weights all alike, shares even.
 
         Raises
         ------
@@ -138,12 +160,43 @@ class Router:
         # what rounding leaves below 1 would have no copy to go to
         upto = np.where(upto >= upto[..., -1:], 1.0, upto / upto[..., -1:])
         classes = np.arange(topology.num_gpus) if weight.shape[1] > 1 else np.zeros(topology.num_gpus, np.int64)
-        return cls(policy=policy, table=table, upto=upto.astype(np.float32), class_of_home=classes)
+        router = cls(policy=policy, table=table, upto=upto.astype(np.float32), class_of_home=classes)
+        if policy != FEWEST:
+            return router
+        layers, gpus = len(expected), topology.num_gpus
+        if tokens is None or not len(tokens):
+            return replace(router, weight=np.ones((layers, gpus)))
+        learnt = [learn_weights(tokens[:, layer], table.of_layer(layer), gpus) for layer in range(layers)]
+        return replace(router, weight=np.array(learnt)).measured(tokens)
 
     @property
     def per_step(self) -> bool:
         """Whether shares are made anew for every step, from its own loads; the static ones are then the profile's."""
         return self.policy == LP
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the copies of a token's experts are chosen together, not each by itself."""
+        return self.policy == FEWEST
+
+    def measured(self, tokens: npt.NDArray[Any] | None) -> Router:
+        """Return the router with the shares that it gives GPUs of ``tokens`` [token, layer, k] on average.
+
+        Only where copies are chosen together: otherwise shares do not depend on tokens.
+        """
+        if self.weight is None or tokens is None or not len(tokens):
+            return self
+        shares, layers = [], len(self.weight)
+        for layer, weight in enumerate(self.weight):
+            patterns, count = distinct_patterns(tokens[:, layer])
+            table = self.table.of_layer(layer)
+            served = expected_shares(patterns, count, table, weight, times=layers)
+            # an expert no token chose: evenly
+            even = np.zeros(served.shape)
+            np.add.at(even, (table[1], np.arange(len(table[2]))[:, None]), self.table.is_copy()[layer])
+            served = np.where(served.sum(axis=0) > 0, served, even)
+            shares.append(served / served.sum(axis=0))
+        return replace(self, served=np.array(shares))
 
     def choose(
         self, layer: int, experts: npt.NDArray[Any], token: npt.NDArray[Any], home: npt.NDArray[Any]
@@ -170,6 +223,8 @@ class Router:
         self, layer: int, experts: npt.NDArray[Any], token: npt.NDArray[Any], home: npt.NDArray[Any]
     ) -> npt.NDArray[np.int64]:
         """Number of the copy that serves each selection; the parameters are those of :meth:`choose`."""
+        if self.weight is not None:
+            return choose_copies(experts, hashed(token, layer), self.table.of_layer(layer), self.weight[layer])
         turn = turns(hashed(token, layer)[:, None], self.table.slot[layer][experts, 0])
         upto = self.upto[layer][self.class_of_home[home][:, None], experts]
         return (upto <= turn[:, :, None]).sum(axis=2)
@@ -179,6 +234,8 @@ class Router:
 
         ``home_share`` is ``[GPU]`` the share of tokens with that home; default: all alike.
         """
+        if self.served is not None:
+            return self.served
         layers, _, experts, _ = self.upto.shape
         share = np.diff(self.upto.astype(np.float64), axis=-1, prepend=0.0)
         if share.shape[1] > 1:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from moeplace.affinity import RoutingStats, count_routing
 from moeplace.batches import MIXED, BatchLaw, Steps, TokenIndex, default_law, draw, gather
@@ -142,8 +143,9 @@ def score(
         ``phase`` (``decode``, ``prefill`` or ``mixed``; default: decode and prefill where the trace has them);
         ``requests``, ``tokens``, ``prefill_requests``, ``prefill_tokens``, ``batches``, ``seed`` and ``arrival`` of the
         batch law; the fields of :class:`~moeplace.execution.Execution`; ``profile`` [layer, expert], the loads that the
-        replica choice goes by (default: those of the scored trace); ``stats``, the statistics of the source if it is
-        counted already; ``threads``.
+        replica choice goes by (default: those of the scored trace), and ``profile_tokens`` [token, layer, k] beside
+        them; ``routings``, label → replica choice of a placement that has its own; ``stats``, the statistics of the
+        source if it is counted already; ``threads``.
 
     Returns
     -------
@@ -157,7 +159,8 @@ def score(
     InputError
         The trace has no tokens of the phase, or too few requests for the law.
     """
-    if unknown := set(options) - {"phase", "threads", "profile", "stats", *LAW_OPTIONS, *EXECUTION_OPTIONS}:
+    others = {"phase", "threads", "profile", "profile_tokens", "routings", "stats"}
+    if unknown := set(options) - {*others, *LAW_OPTIONS, *EXECUTION_OPTIONS}:
         raise TypeError(f"score() got unexpected options {sorted(unknown)}")
     places = [topologies] if isinstance(topologies, Topology) else list(topologies)
     execution = Execution(**{name: options[name] for name in EXECUTION_OPTIONS if options.get(name) is not None})
@@ -168,8 +171,13 @@ def score(
         _check_counts(execution)
     stats = options.get("stats") or count_routing(source, threads=options.get("threads", 1))
     profile = stats.load if options.get("profile") is None else np.asarray(options["profile"])
+    tokens = options.get("profile_tokens")
+    if tokens is None and options.get("profile") is None and stats.sample is not None:
+        tokens = stats.sample.experts
+    own = {} if isinstance(source, Counts) else options.get("routings") or {}
+    ways = {label: execution.replace(routing=own.get(label, execution.routing)) for label in placements}
     entries = [
-        _Entry.of(label, placements[label], (topology, model), (stats, profile, execution))
+        _Entry.of(label, placements[label], (topology, model), (stats, (profile, tokens), ways[label]))
         for topology in places
         for label in placements
     ]
@@ -245,7 +253,7 @@ class _Entry:
     topology: Topology
     model: ModelSpec
     execution: Execution
-    profile: Ints
+    profile: tuple[Ints, npt.NDArray[Any] | None]
     top_k: int
     max_over_mean: Floats
     traffic: TrafficMetrics
@@ -257,10 +265,11 @@ class _Entry:
         label: str,
         placement: Placement,
         place: tuple[Topology, ModelSpec],
-        known: tuple[RoutingStats, Ints, Execution],
+        known: tuple[RoutingStats, tuple[Ints, npt.NDArray[Any] | None], Execution],
     ) -> _Entry:
         stats, profile, execution = known
-        router = Router.of(placement, place[0], execution.routing, profile)
+        router = Router.of(placement, place[0], execution.routing, *profile)
+        router = router.measured(None if stats.sample is None else stats.sample.experts)
         return cls(
             label=label,
             placement=placement,
@@ -275,7 +284,8 @@ class _Entry:
         )
 
     def on_steps(self, steps: Steps) -> Score:
-        run = simulate(steps, self.placement, self.topology, self.model, self.execution, profile=self.profile)
+        load, tokens = self.profile
+        run = simulate(steps, self.placement, self.topology, self.model, self.execution, profile=load, tokens=tokens)
         return self._score(run, steps.law)
 
     def on_counts(self, counts: Counts, phase: str | None) -> Score:

@@ -84,6 +84,7 @@ def simulate(
     execution: Execution | None = None,
     *,
     profile: npt.NDArray[Any] | None = None,
+    tokens: npt.NDArray[Any] | None = None,
 ) -> Simulation:
     """Time every step of a placement.
 
@@ -99,6 +100,8 @@ def simulate(
         How a step is run; default: dispatch-combine, copies sharing evenly, nothing overlapped.
     profile
         ``[layer, expert]`` loads that the replica choice goes by, for policies that need them; default: all alike.
+    tokens
+        ``[token, layer, k]`` experts of a profile's tokens, for the policy that learns from them.
 
     Returns
     -------
@@ -107,7 +110,7 @@ def simulate(
     """
     check_shapes(placement, steps.trace.meta.num_layers, steps.trace.meta.num_experts, topology)
     execution = execution or Execution()
-    router = Router.of(placement, topology, execution.routing, profile)
+    router = Router.of(placement, topology, execution.routing, profile, tokens)
     return _TokenRun(steps, router, (topology, model), execution).run()
 
 

@@ -78,7 +78,8 @@ def visit(ids: npt.NDArray[Any], tokens: StepTokens, router: Router, layer: int,
         Complexity: O(tokens · k), with a small constant where there are many.
     """
     topology, kernel = place
-    if router.per_step or len(tokens.row) * ids.shape[1] >= COMPILE_FROM_SELECTIONS:
+    loops = router.per_step or len(tokens.row) * ids.shape[1] >= COMPILE_FROM_SELECTIONS
+    if loops and not router.is_joint:
         return _by_loop(ids, tokens, router, layer, place)
     slot = slots_of(ids, tokens, router, layer)
     width = router.table.slots_per_gpu

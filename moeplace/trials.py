@@ -211,6 +211,7 @@ def run_trial(sides: Sides, trial: Trial, setup: Setup, stop: threading.Event | 
         problem.model,
         stats=sides.test_stats,
         profile=sides.fit_stats.load,
+        profile_tokens=None if sides.fit_stats.sample is None else sides.fit_stats.sample.experts,
         seed=trial.seed,
         threads=setup.threads,
         **setup.scoring,

@@ -62,6 +62,9 @@ def test_chain_equals_a_plain_loop(seed: int, top_k: int) -> None:
     assert np.array_equal(chain_traffic(here, there, (batch, 2), 3).copies, expected)
 
 
+LOOPED = [policy for policy in POLICIES if policy != "fewest-gpus"]  # that one chooses for the whole token beforehand
+
+
 def random_tokens(seed: int, tokens: int = 40, gpus: int = 4) -> StepTokens:
     """Tokens of three steps over 20 rows of ids."""
     rng = np.random.default_rng(seed)
@@ -77,7 +80,7 @@ def random_ids(seed: int, experts: int, top_k: int) -> np.ndarray:
 
 @given(
     st.integers(0, 10**6),
-    st.sampled_from([policy for policy in POLICIES if policy != "lp"]),
+    st.sampled_from([policy for policy in LOOPED if policy != "lp"]),
     st.sampled_from(["scale-up:4", "scale-out:2x2", "torus:2x2"]),
     st.sampled_from([LOW_LATENCY, NORMAL]),
 )
@@ -103,7 +106,7 @@ def test_the_compiled_loop_visits_alike(monkeypatch: pytest.MonkeyPatch) -> None
     topology = load_topology("scale-out:2x2")
     placement = random_placement(1, [3, 2, 3, 2], 1, 5)
     tokens, ids = random_tokens(1, 500), random_ids(1, 5, 3)
-    for policy in POLICIES:
+    for policy in LOOPED:
         router = Router.of(placement, topology, policy, np.array([[5, 1, 2, 3, 1]]))
         for kernel in (LOW_LATENCY, NORMAL):
             monkeypatch.setattr(traffic, "COMPILE_FROM_SELECTIONS", 10**9)

@@ -62,6 +62,7 @@ def export_command(placement: str, output: str, output_format: str, **options: A
         loaded_by,
         numbering_note,
         read_placement,
+        routing_note,
         suffix_for,
         target_of,
         write_placement,
@@ -76,6 +77,7 @@ def export_command(placement: str, output: str, output_format: str, **options: A
     target = target_of(document, asked if asked.model else None)
     write_placement(document, output, format=output_format, target=Target(model=target.model))
     assumed = numbering_note(output_format, target.model, document.layer_ids)
+    assumed += routing_note(output_format, str(document.details.get("routing", "even")))
     warn(assumed, quiet=options["quiet"])
     if output == "-":
         return

@@ -73,6 +73,7 @@ def choices_of(options: dict[str, Any]) -> Choices:
         batch_prefill_tokens=options.get("batch_prefill_tokens"),
         arrival=options.get("arrival"),
         baseline=baseline,
+        routing=options.get("routing"),
     )
 
 

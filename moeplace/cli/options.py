@@ -314,6 +314,15 @@ def constants(command: Command) -> Command:
     return command
 
 
+def routing_choice(usual: str) -> Callable[[Command], Command]:
+    """Return the option that names the replica choice, with what it is by default."""
+    return option(
+        "--routing",
+        type=click.Choice(["even", "weighted", "nearest", "topology-aware", "lp-static", "lp", "fewest-gpus"]),
+        help=f"Which copy of an expert serves a token; lp splits every step's tokens evenly. Default: {usual}.",
+    )
+
+
 def execution(command: Command) -> Command:
     """Add how an engine runs a step."""
     for decorate in (
@@ -332,12 +341,7 @@ def execution(command: Command) -> Command:
             help="Which GPU holds a request: recorded, turn, random, or affinity:N, the one with room that its first "
             "N (64) tokens visited most; auto: recorded if it can be, else in turn.",
         ),
-        option(
-            "--routing",
-            type=click.Choice(["even", "weighted", "nearest", "topology-aware", "lp-static", "lp"]),
-            default="even",
-            help="Which copy of an expert serves a token; lp splits every step's tokens as evenly as can be.",
-        ),
+        routing_choice("even, or what a placement file names"),
     ):
         command = decorate(command)
     return command

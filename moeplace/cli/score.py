@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -67,7 +68,8 @@ def score_command(
         contest.placements,
         contest.topologies,
         contest.model,
-        profile=_profile(trace, test, options),
+        **_profile(trace, test, options, contest.routings),
+        routings=contest.routings,
         **score_options(options),
     )
     said = (*source.meta.assumptions, *contest.assumptions, *score_sentences(scores, source, choices))
@@ -96,13 +98,22 @@ def score_options(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _profile(trace: str, test: str | None, options: dict[str, Any]) -> Any:
-    """Loads of the part that a split fits on, for a replica choice that goes by them; None: those of what is scored."""
-    from moeplace.affinity import load_by_phase
-    from moeplace.routing import BY_PROFILE
+def _profile(trace: str, test: str | None, options: dict[str, Any], own: Mapping[str, str]) -> dict[str, Any]:
+    """Loads and tokens of the part that a split fits on, for replica choices that go by them.
+
+    Empty where none does: the choice then goes by what is scored.
+    """
+    from moeplace.affinity import count_routing, load_by_phase
+    from moeplace.routing import BY_PROFILE, FEWEST
     from moeplace.trace import Counts
 
-    if options["routing"] not in BY_PROFILE or test is None:
-        return None
+    used = {options["routing"], *own.values()}
+    if used.isdisjoint(BY_PROFILE) or test is None:
+        return {}
     fitted = open_source(trace, options, split=test, part="fit")
-    return None if isinstance(fitted, Counts) else load_by_phase(fitted).sum(axis=0)
+    if isinstance(fitted, Counts):
+        return {}
+    if FEWEST not in used:
+        return {"profile": load_by_phase(fitted).sum(axis=0)}
+    stats = count_routing(fitted, threads=options["threads"])
+    return {"profile": stats.load, "profile_tokens": None if stats.sample is None else stats.sample.experts}

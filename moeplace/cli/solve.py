@@ -29,6 +29,7 @@ from moeplace.cli.options import (
     goal,
     hardware,
     option,
+    routing_choice,
     threads,
     trace_input,
 )
@@ -42,6 +43,7 @@ Examples:
   moeplace solve trace.npz -t hgx-h100-2x8 --slots-per-gpu 17 -o new.json
   moeplace solve trace.npz -t scale-out:2x4 --solver moetuner --time-limit 2m
   moeplace solve trace.npz --baseline old.json --require 5% -o new.json
+  moeplace solve trace.npz --slots-per-gpu 5 --objective copies --routing fewest-gpus --load-cap 1.05 -o few.json
   moeplace solve trace.npz -t scale-out:2x4 --dataflow context-coherent --pareto -o best.json
   moeplace solve trace.npz --risk p99 --batch-requests 32 --fit half:0 -o steady.json
   zcat trace.jsonl.gz | moeplace solve - --objective load > placement.json
@@ -83,6 +85,7 @@ Examples:
 )
 @option("--gap", type=Share(), default="0", help="Stop at this relative gap: 0.01 or 1%.")
 @option("--seed", type=Whole(0), default=0, help="Random seed.")
+@routing_choice("even")
 @option("--pareto", is_flag=True, help="Sweep the load cap, show the front, and return its least step time.")
 @option("--fit", metavar="SPLIT", help="Fit on a part of the trace: half:SEED, domain:NAME,… or time:FRACTION.")
 @option(
@@ -119,6 +122,7 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
         check_room,
         load_exporter,
         numbering_note,
+        routing_note,
         suffix_for,
         write_placement,
     )
@@ -159,6 +163,7 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
         log.head(describe(problem), said, noted)
         known = problem.model if choices.model or preset_for(source.meta, source.meta.model_id) else None
         noted += numbering_note(options["output_format"], known, source.meta.layer_ids)
+        noted += routing_note(options["output_format"], problem.routing)
         warn((*said, *noted), quiet=quiet or log.shown)
         limits = _limits(options)
         with _stop_on_interrupt(limits.stop):

@@ -23,6 +23,7 @@ from moeplace.files import atomic_output, open_input
 from moeplace.model import ModelSpec, load_model
 from moeplace.presets import is_path
 from moeplace.problem import Problem
+from moeplace.routing import EVEN
 from moeplace.solution import Limits, Solution
 
 DEFAULT = "native"
@@ -141,6 +142,13 @@ def numbering_note(format: str, model: ModelSpec | None, layer_ids: Sequence[int
         return ()
     ids = f"{layer_ids[0]} to {layer_ids[-1]}"
     return (f"the model is unknown: its MoE layers are taken to be the placement's, {ids}; --model says",)
+
+
+def routing_note(format: str, routing: str) -> tuple[str, ...]:
+    """Say where a placement's replica choice is lost in a file; native files carry it, an even one needs no word."""
+    if routing == EVEN or format == DEFAULT:
+        return ()
+    return (f"{format} files do not carry the replica choice {routing}: whoever reads them chooses among copies alone",)
 
 
 def write_placement(

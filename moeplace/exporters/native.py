@@ -88,7 +88,7 @@ def document_of(
             "digest": problem.topology.digest(),
         },
         "dataflow": problem.dataflow,
-        "routing": "even",
+        "routing": problem.routing,
         "objective": {"name": problem.objective, "value": _round(solution.objective), "unit": solution.unit},
         "bound": _round(solution.bound),
         "gap": _round(solution.gap),

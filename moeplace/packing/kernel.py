@@ -25,6 +25,7 @@ CLOSED = -2  # a slot that a GPU with fewer slots than others does not have
 COPY_KICKS = 3  # of 8 kicks, where slots are spare
 SLACK = 2e-4  # how much worse than the best a kicked layer may be and go on
 DRAWS = 16
+DESCENTS = 30  # kicks that the first descent of a layer takes as long as
 
 
 def pack_layers(
@@ -35,6 +36,7 @@ def pack_layers(
     floor: Floats,
     kicks: int,
     seed: int = 0,
+    fill: bool = True,
     stop: Callable[[], bool] = lambda: False,
 ) -> Placement:
     """Balance every layer.
@@ -53,6 +55,8 @@ def pack_layers(
         Kicks of each layer.
     seed
         Of the kicks.
+    fill
+        Put further copies into empty slots; otherwise a layer keeps its number of copies, and empty slots are room.
     stop
         Asked after every layer; the layers after it stay as they were.
 
@@ -69,12 +73,13 @@ def pack_layers(
     count = start.replicas()
     draws = np.random.default_rng(seed).integers(0, 2**31, (kicks, DRAWS))
     spare = int(np.sum(slots_per_gpu)) > start.num_experts
-    enough = layers * kicks * slots[0].size >= COMPILE_FROM_KICKS * 64
+    copying = 0 if not spare else 2 if fill else 1
+    enough = layers * (kicks + DESCENTS) * slots[0].size >= COMPILE_FROM_KICKS * 64
     kernel = _compiled() if enough else _pack_layer
     for layer in range(layers):
         if stop():
             break
-        kernel(np.ascontiguousarray(load[layer], np.float64), count[layer], slots[layer], floor[layer], draws, spare)
+        kernel(np.ascontiguousarray(load[layer], np.float64), count[layer], slots[layer], floor[layer], draws, copying)
     return Placement(slots=np.maximum(slots, EMPTY), num_experts=start.num_experts)
 
 
@@ -83,8 +88,12 @@ def _compiled() -> Callable[..., None]:
     return compile_kernel(_pack_layer, _kick_copies, _kick_places, _descend, _exchange, _recount)
 
 
-def _pack_layer(load: Any, count: Any, slots: Any, floor: float, draws: Any, spare: bool) -> None:
-    """Improve one layer's ``slots`` [GPU, slot] and ``count`` [expert] in place."""
+def _pack_layer(load: Any, count: Any, slots: Any, floor: float, draws: Any, copying: int) -> None:
+    """Improve one layer's ``slots`` [GPU, slot] and ``count`` [expert] in place.
+
+    ``copying`` is 0 where copies stay as many as they are of each expert, 1 where they pass from expert to expert, and
+    2 where empty slots take more.
+    """
     experts, gpus = len(load), slots.shape[0]
     weight, busy, holds = np.zeros(experts), np.zeros(gpus), np.zeros((experts, gpus), np.bool_)
     _recount(load, count, slots, weight, busy, holds)
@@ -94,8 +103,8 @@ def _pack_layer(load: Any, count: Any, slots: Any, floor: float, draws: Any, spa
         if best <= floor * (1 + 1e-12):
             break
         draw = draws[kick]
-        if spare and draw[0] % 8 < COPY_KICKS:
-            _kick_copies(count, slots, busy, holds, draw)
+        if copying and draw[0] % 8 < COPY_KICKS:
+            _kick_copies(count, slots, busy, holds, draw, copying)
             _recount(load, count, slots, weight, busy, holds)
         else:
             _kick_places(weight, slots, busy, holds, draw)
@@ -112,7 +121,7 @@ def _pack_layer(load: Any, count: Any, slots: Any, floor: float, draws: Any, spa
     count[:] = best_count
 
 
-def _kick_copies(count: Any, slots: Any, busy: Any, holds: Any, draw: Any) -> None:
+def _kick_copies(count: Any, slots: Any, busy: Any, holds: Any, draw: Any, copying: int) -> None:
     """Give a slot of an expert with several copies to an expert of the busiest GPU."""
     gpus, width = slots.shape
     more = slots[busy.argmax(), draw[1] % width]
@@ -120,7 +129,7 @@ def _kick_copies(count: Any, slots: Any, busy: Any, holds: Any, draw: Any) -> No
     for place in range(gpus * width):
         g, j = (first + place) % (gpus * width) // width, (first + place) % width
         less = slots[g, j]
-        free = less == EMPTY or (less >= 0 and less != more and count[less] > 1)
+        free = (copying == 2 and less == EMPTY) or (less >= 0 and less != more and count[less] > 1)
         if more >= 0 and free and not holds[more, g]:
             slots[g, j] = more
             count[more] += 1

@@ -22,11 +22,12 @@ from moeplace.bounds import load_floor, objective_bound
 from moeplace.errors import InfeasibleError, InputError, SolverError, unknown_name
 from moeplace.metrics import cross_shares, max_over_mean
 from moeplace.network import KERNEL_OF_PHASE, NORMAL
-from moeplace.objective import UNITS, Term, objective_value, terms
+from moeplace.objective import UNITS, Term, load_ratio, objective_value, terms
 from moeplace.packing.eplb import balance_global, slots_without_copies
 from moeplace.partitions import MAX_DIVISIONS, num_divisions
 from moeplace.placement import Placement
 from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, LOAD, STEP_TIME, Problem
+from moeplace.routing import FEWEST
 from moeplace.solution import Limits, Report, Solution, Status, StopReason
 from moeplace.tails import MEAN
 
@@ -113,6 +114,9 @@ def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
         return tuple(tried), "tokens move between experts: work of GPUs and traffic weighed against each other"
     if problem.objective == COPIES and not problem.whole_model:
         tried = [Candidate("linear"), Candidate("eplb"), Candidate("setpart")]
+        if problem.routing == FEWEST and problem.num_slots > problem.num_experts and problem.copies_level == GPU:
+            tried.append(Candidate("fanout"))
+            return tuple(tried), "fewest copies per token: each layer partitioned by itself, with and without replicas"
         return tuple(tried), "fewest copies per token: each layer partitioned by itself"
     binaries = problem.num_layers * problem.num_experts * problem.num_gpus
     tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance")]
@@ -267,16 +271,30 @@ def _run(problem: Problem, name: str, limits: Limits, report: Report, floor: flo
     module = load_solver(name)
     own = {option: value for option, value in limits.options.items() if option in module.OPTIONS}
     answer = module.solve(problem, limits.replace(options=own), report)
-    if answer.placement is not None:
+    placement = answer.placement
+    if placement is not None:
+        if not problem.shares_evenly and problem.routing not in getattr(module, "ROUTINGS", ()):
+            answer = _rerouted(problem, answer, placement)
         value = verify(problem, answer)
         bound = floor if answer.bound is None else answer.bound
-        figures = {"load max/mean": float(max_over_mean(answer.placement, problem.stats.load).mean())}
-        if problem.topology.num_nodes > 1 and (
-            crossing := cross_shares(problem.stats, answer.placement, problem.topology)
-        ):
+        figures = {"load max/mean": float(load_ratio(problem, placement).mean())}
+        if problem.topology.num_nodes > 1 and (crossing := cross_shares(problem.stats, placement, problem.topology)):
             figures["pairs across nodes"] = crossing[1]
         report.improved(name, value, bound=bound, unit=UNITS[problem.objective], figures=figures)
     return answer
+
+
+def _rerouted(problem: Problem, answer: Solution, placement: Placement) -> Solution:
+    """The answer of a method that has copies share evenly, valued by the problem's replica choice; unproved."""
+    _check_placement(problem, placement)
+    reason = StopReason.EXHAUSTED if answer.stop_reason is StopReason.PROVEN else answer.stop_reason
+    return answer.replace(
+        objective=objective_value(problem, placement),
+        bound=None,
+        status=Status.FEASIBLE,
+        stop_reason=reason,
+        notes=(*answer.notes, f"{answer.solver} has copies share evenly; valued under {problem.routing} routing"),
+    )
 
 
 def verify(problem: Problem, answer: Solution) -> float:
@@ -324,7 +342,7 @@ def _over_cap(problem: Problem, placement: Placement | None) -> npt.NDArray[np.b
     """``[layer]`` whether a placement exceeds the load cap."""
     if problem.load_cap is None or placement is None:
         return np.zeros(problem.num_layers, bool)
-    over: npt.NDArray[np.bool_] = max_over_mean(placement, problem.stats.load) > problem.load_cap * (1 + TOLERANCE)
+    over: npt.NDArray[np.bool_] = load_ratio(problem, placement) > problem.load_cap * (1 + TOLERANCE)
     return over
 
 
