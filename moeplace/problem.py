@@ -47,6 +47,8 @@ class Problem:
         ``gpu`` or ``node``: what ``copies`` and ``cross`` count.
     load_cap
         ``[layer]`` hard cap on max/mean GPU load, or None.
+    copies_cap
+        Hard cap on the GPUs that a token visits, mean over layers and sampled tokens, or None; with objective ``load``.
     whole_model
         Slots are counted over all layers together, as MoETuner's memory constraint does, not in each layer.
     steps, risk
@@ -70,6 +72,7 @@ class Problem:
     objective: str = STEP_TIME
     copies_level: str = GPU
     load_cap: npt.NDArray[np.float64] | None = None
+    copies_cap: float | None = None
     whole_model: bool = False
     steps: Steps | Counts | None = None
     risk: str = MEAN
@@ -86,6 +89,24 @@ class Problem:
             if not (np.isfinite(cap) & (cap >= 1)).all():
                 raise ProblemError(f"load cap {cap.min():g}", rule="a cap on max/mean load is at least 1")
             seal(self, load_cap=frozen_array(cap, np.float64))
+        self._check_copies_cap()
+
+    def _check_copies_cap(self) -> None:
+        if self.copies_cap is None:
+            return
+        if not (np.isfinite(self.copies_cap) and self.copies_cap >= 1):
+            raise ProblemError(f"copies cap {self.copies_cap:g}", rule="a cap on copies per token is at least 1")
+        if self.objective != LOAD or self.whole_model:
+            what = "slots counted over the whole model" if self.whole_model else f"objective {self.objective}"
+            raise ProblemError(
+                f"a copies cap with {what}", rule="it is for the objective load", hint="--objective load"
+            )
+        if self.stats.sample is None:
+            raise ProblemError(
+                "a copies cap on a trace that holds only counts",
+                rule="copies need to know which experts a token chose together",
+                hint="record a per-token trace",
+            )
 
     def _check_names(self) -> None:
         for value, known, what in (

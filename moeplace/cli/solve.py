@@ -43,6 +43,7 @@ Examples:
   moeplace solve trace.npz --baseline old.json --require 5% -o new.json
   moeplace solve trace.npz -t scale-out:2x4 --dataflow context-coherent --pareto -o best.json
   moeplace solve trace.npz --risk p99 --batch-requests 32 --fit half:0 -o steady.json
+  moeplace solve trace.npz --objective load --risk p99 --copies-cap eplb-6% -o both.json
   zcat trace.jsonl.gz | moeplace solve - --objective load > placement.json
 """
 
@@ -61,6 +62,11 @@ Examples:
     "--risk-batches",
     type=Whole(4),
     help="Steps to draw for --risk [default: 1000]; with mean, their mean.",
+)
+@option(
+    "--copies-cap",
+    metavar="X|eplb-6%",
+    help="With --objective load: hard cap on copies per token, a number or so much less than EPLB's placement has.",
 )
 @option(
     "--solver",

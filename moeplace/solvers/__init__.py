@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from moeplace.bounds import load_floor, objective_bound
 from moeplace.errors import InfeasibleError, InputError, SolverError, unknown_name
-from moeplace.metrics import cross_shares, max_over_mean
+from moeplace.metrics import copies_per_token, cross_shares, max_over_mean
 from moeplace.network import KERNEL_OF_PHASE, NORMAL
 from moeplace.objective import UNITS, Term, objective_value, terms
 from moeplace.packing.eplb import balance_global, slots_without_copies
@@ -107,7 +107,8 @@ def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
         return (Candidate("linear"), Candidate("search")), "traffic between GPUs: annealed, and bounded"
     if problem.is_sampled and not problem.whole_model:
         tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance"), Candidate("saa")]
-        return tuple(tried), f"{problem.risk} over steps drawn from the trace"
+        why = "" if problem.copies_cap is None else ", with few copies per token"
+        return tuple(tried), f"{problem.risk} over steps drawn from the trace{why}"
     if problem.objective == STEP_TIME and problem.dataflow == CONTEXT_COHERENT and not problem.whole_model:
         tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance"), Candidate("search")]
         return tuple(tried), "tokens move between experts: work of GPUs and traffic weighed against each other"
@@ -187,7 +188,7 @@ def _solve_auto(problem: Problem, limits: Limits, report: Report, floor: float) 
             report.stage(str(candidate), load_solver(candidate.name).DESCRIPTION)
             tried.append((candidate, _try(problem, candidate, limits, report, floor)))
     found = [entry for entry in tried if entry[1].placement is not None]
-    within = [entry for entry in found if not _over_cap(problem, entry[1].placement).any()]
+    within = [entry for entry in found if _keeps_caps(problem, entry[1].placement)]
     chosen, best = min(within or found or tried[:1], key=lambda entry: entry[1].objective)
     note = f"auto tried {', '.join(str(candidate) for candidate, _ in tried)}; {chosen} is best ({why})"
     return finish(problem, best.replace(notes=(*best.notes, note), history=tuple(report.history)), floor)
@@ -236,7 +237,15 @@ def _solve_chain(problem: Problem, names: Sequence[str], limits: Limits, report:
 
 
 def check_cap(problem: Problem) -> None:
-    """Raise :class:`InfeasibleError` where the load cap of a layer is below its certified floor."""
+    """Raise :class:`InfeasibleError` where the load cap of a layer is below its certified floor, or that on copies."""
+    if problem.copies_cap is not None:
+        least = max(1, -(-problem.stats.meta.top_k // problem.max_slots))
+        if problem.copies_cap < least * (1 - TOLERANCE):
+            raise InfeasibleError(
+                f"a cap of {problem.copies_cap:g} copies per token",
+                rule=f"{problem.stats.meta.top_k} experts of a token need {least} GPUs of {problem.max_slots} slots",
+                hint="raise --copies-cap",
+            )
     if problem.load_cap is None:
         return
     floor = load_floor(problem)
@@ -328,6 +337,17 @@ def _over_cap(problem: Problem, placement: Placement | None) -> npt.NDArray[np.b
     return over
 
 
+def _keeps_caps(problem: Problem, placement: Placement | None) -> bool:
+    return not _over_cap(problem, placement).any() and not _over_copies(problem, placement)
+
+
+def _over_copies(problem: Problem, placement: Placement | None) -> bool:
+    """Whether a placement exceeds the cap on copies per token."""
+    if problem.copies_cap is None or placement is None:
+        return False
+    return copies_per_token(problem.stats, placement, problem.topology) > problem.copies_cap * (1 + TOLERANCE)
+
+
 def finish(problem: Problem, answer: Solution, floor: float) -> Solution:
     """Verify an answer, and complete it: bound not below ``floor``, every term, a status that the numbers bear out."""
     if answer.placement is None:
@@ -337,6 +357,9 @@ def finish(problem: Problem, answer: Solution, floor: float) -> Solution:
     if over.any():
         layer = problem.stats.meta.layer_ids[int(np.argmax(over))]
         note = f"{answer.solver} exceeds the load cap in {int(over.sum())} layers, first layer {layer}"
+        return answer.replace(placement=None, status=Status.UNKNOWN, notes=(*answer.notes, note), bound=None)
+    if _over_copies(problem, answer.placement):
+        note = f"{answer.solver} found no placement within the cap of {problem.copies_cap:.4f} copies per token"
         return answer.replace(placement=None, status=Status.UNKNOWN, notes=(*answer.notes, note), bound=None)
     bound = min(value, floor if answer.bound is None else max(floor, answer.bound))
     proven = value - bound <= TOLERANCE * max(1.0, value)
