@@ -11,7 +11,7 @@ import numpy as np
 from moeplace.affinity import RoutingStats, count_routing
 from moeplace.batches import DEFAULT_PREFILL_TOKENS, DEFAULT_REQUESTS, MIXED, UNIFORM, BatchLaw, Steps, TokenIndex
 from moeplace.calibration import calibrate, read_compute_table
-from moeplace.caps import cap_for, copies_cap_for
+from moeplace.caps import cap_for, copies_cap_for, moves_for
 from moeplace.checks import Finding, check_stats, identical_start
 from moeplace.errors import InputError, ProblemError, UnknownNameError, unknown_name
 from moeplace.model import ModelSpec, generic_model, load_model
@@ -62,8 +62,9 @@ class Choices:
         The batch law.
     risk_batches
         Steps to draw for a risk; given with the mean, the mean over them is minimised, not the mean step.
-    baseline
-        The placement now deployed.
+    baseline, max_moves, max_moved_bytes, max_moved_bytes_per_gpu, horizon_steps
+        The placement now deployed; copies to move at most (a number, or a share of all), bytes at most in all and on
+        one GPU, and the steps over which moving has to repay itself.
     """
 
     model: str | None = None
@@ -92,6 +93,10 @@ class Choices:
     risk_batches: int | None = None
     arrival: str | None = None
     baseline: Placement | None = None
+    max_moves: int | float | None = None
+    max_moved_bytes: float | None = None
+    max_moved_bytes_per_gpu: float | None = None
+    horizon_steps: int | None = None
 
 
 def build_problem(
@@ -161,6 +166,14 @@ def build_problem(
         steps=_steps(source, law, choices),
         risk=choices.risk,
         baseline=choices.baseline,
+        moves=moves_for(
+            choices.baseline,
+            model.expert_weight_bytes,
+            copies=choices.max_moves,
+            total_bytes=choices.max_moved_bytes,
+            gpu_bytes=choices.max_moved_bytes_per_gpu,
+            horizon_steps=choices.horizon_steps,
+        ),
     )
 
 
@@ -338,8 +351,9 @@ def describe(problem: Problem) -> Mapping[str, str]:
         "step": f"{law.phase}, {step}",
     }
     if problem.baseline is not None:
+        limited = "" if problem.moves is None else f"; {problem.moves}"
         told["baseline"] = (
-            f"{int(problem.baseline.used_slots().sum()):,} copies now deployed; moves are counted from it"
+            f"{int(problem.baseline.used_slots().sum()):,} copies now deployed; moves are counted from it{limited}"
         )
     return told
 

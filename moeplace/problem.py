@@ -13,6 +13,7 @@ from moeplace.batches import BatchLaw, Steps
 from moeplace.errors import ProblemError
 from moeplace.frozen import digest, frozen_array, replaced, seal
 from moeplace.model import ModelSpec
+from moeplace.moving import MoveLimits
 from moeplace.placement import Placement, spread_slots
 from moeplace.tails import MEAN, RISKS
 from moeplace.topology import Topology
@@ -56,6 +57,8 @@ class Problem:
         :data:`~moeplace.tails.RISKS`) of their values. Without steps they are those of the mean step.
     start, baseline
         A placement to start from, and the one now deployed; both optional.
+    moves
+        Limits on moves from the baseline; optional.
 
     Raises
     ------
@@ -78,6 +81,7 @@ class Problem:
     risk: str = MEAN
     start: Placement | None = None
     baseline: Placement | None = None
+    moves: MoveLimits | None = None
 
     def __post_init__(self) -> None:
         seal(self, slots_per_gpu=frozen_array(np.atleast_1d(self.slots_per_gpu), np.int64))
@@ -90,6 +94,7 @@ class Problem:
                 raise ProblemError(f"load cap {cap.min():g}", rule="a cap on max/mean load is at least 1")
             seal(self, load_cap=frozen_array(cap, np.float64))
         self._check_copies_cap()
+        self._check_moves()
 
     def _check_copies_cap(self) -> None:
         if self.copies_cap is None:
@@ -106,6 +111,18 @@ class Problem:
                 "a copies cap on a trace that holds only counts",
                 rule="copies need to know which experts a token chose together",
                 hint="record a per-token trace",
+            )
+
+    def _check_moves(self) -> None:
+        if self.moves is None:
+            return
+        if self.baseline is None:
+            raise ProblemError(
+                "limits on moves without a baseline", rule="moves are counted from the placement deployed"
+            )
+        if self.moves.horizon_steps is not None and self.objective != STEP_TIME:
+            raise ProblemError(
+                f"a horizon with objective {self.objective}", rule="the time of moving is weighed against step time"
             )
 
     def _check_names(self) -> None:

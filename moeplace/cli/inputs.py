@@ -74,6 +74,10 @@ def choices_of(options: dict[str, Any]) -> Choices:
         batch_prefill_tokens=options.get("batch_prefill_tokens"),
         arrival=options.get("arrival"),
         baseline=baseline,
+        max_moves=options.get("max_moves"),
+        max_moved_bytes=options.get("max_moved_bytes"),
+        max_moved_bytes_per_gpu=options.get("max_moved_bytes_per_gpu"),
+        horizon_steps=options.get("horizon_steps"),
     )
 
 

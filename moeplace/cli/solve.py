@@ -27,6 +27,7 @@ from moeplace.cli.options import (
     constants,
     goal,
     hardware,
+    moves,
     option,
     threads,
     trace_input,
@@ -41,6 +42,7 @@ Examples:
   moeplace solve trace.npz -t hgx-h100-2x8 --slots-per-gpu 17 -o new.json
   moeplace solve trace.npz -t scale-out:2x4 --solver moetuner --time-limit 2m
   moeplace solve trace.npz --baseline old.json --require 5% -o new.json
+  moeplace solve trace.npz --baseline old.json --max-moves 10% --horizon-steps 100000 -o near.json
   moeplace solve trace.npz -t scale-out:2x4 --dataflow context-coherent --pareto -o best.json
   moeplace solve trace.npz --risk p99 --batch-requests 32 --fit half:0 -o steady.json
   moeplace solve trace.npz --objective load --risk p99 --copies-cap eplb-6% -o both.json
@@ -91,6 +93,7 @@ Examples:
 @option("--pareto", is_flag=True, help="Sweep the load cap, show the front, and return its least step time.")
 @option("--fit", metavar="SPLIT", help="Fit on a part of the trace: half:SEED, domain:NAME,… or time:FRACTION.")
 @option("--baseline", type=click.Path(allow_dash=True), help="The placement now deployed, to count moves from.")
+@moves
 @option("--format", "output_format", metavar="NAME", default="native", help="Placement format (moeplace list formats).")
 @option("--output", "-o", type=click.Path(allow_dash=True), help="Where the placement goes; default: standard output.")
 @option(
@@ -122,10 +125,11 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
         write_placement,
     )
     from moeplace.exporters.native import document_of
+    from moeplace.feasible import check_cap
     from moeplace.files import atomic_output
     from moeplace.front import trace_front
     from moeplace.report import SolveLog
-    from moeplace.solvers import check_cap, load_solver, solve
+    from moeplace.solvers import load_solver, solve
     from moeplace.soundness import count_and_doubt
 
     check_paths([trace, options["baseline"]], output, keep=[trace])

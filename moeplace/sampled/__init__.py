@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from moeplace.sampled.improve import Search, improve_mean
 from moeplace.sampled.joint import Costs, improve_joint, improve_joint_tail, joint_values
+from moeplace.sampled.relink import aligned, moving_value, relink
 from moeplace.sampled.starts import SLACKS, best_layers, few_copies, least_price
 from moeplace.sampled.tables import StepTables
 from moeplace.sampled.tokens import Wire
@@ -18,6 +19,7 @@ __all__ = [
     "Search",
     "StepTables",
     "Wire",
+    "aligned",
     "best_layers",
     "few_copies",
     "improve_joint",
@@ -25,4 +27,6 @@ __all__ = [
     "improve_mean",
     "joint_values",
     "least_price",
+    "moving_value",
+    "relink",
 ]

@@ -35,6 +35,8 @@ class Search:
         Of the kicks; threads do not change the result.
     stop
         Asked between layers.
+    moving
+        ``[layer, GPU, expert]`` cost of a copy there, beside the risk; None without.
     """
 
     load: Floats
@@ -45,6 +47,7 @@ class Search:
     seed: int
     threads: int
     stop: Callable[[], bool]
+    moving: Floats | None = None
 
 
 class LayerItems:

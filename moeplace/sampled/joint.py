@@ -47,17 +47,22 @@ class _Layer:
         self.costs, self.number, self.width = costs, layer, placement.max_slots
         work, usage, load, busy = self.items.arrays()
         self.work, self.usage = work, usage
-        self.bounds = (load, busy, np.array([finite_cap(search.cap[layer])]))
+        moving = np.zeros((len(self.items.expert), self.items.gpus))
+        if search.moving is not None:
+            held = np.maximum(self.items.expert, 0)
+            moving = np.where(self.items.expert[:, None] < 0, 0.0, search.moving[layer][:, held].T)
+        self.bounds = (load, busy, np.array([finite_cap(search.cap[layer])]), np.ascontiguousarray(moving))
         self.codes, self.times = self.items.codes(), np.zeros(costs.batches)
         self.wire = _wire_arrays(costs.wire, layer, self.items.expert, self.items.gpus)
 
     def descend(
         self, kernel: Callable[..., float], rest: Floats, risk: tuple[float, int], kicked: int, left: Any, word: Any
     ) -> float:
-        """Improve, after a kick or none; see the kernel."""
+        """Improve, after a kick or none, and return the risk and the cost of moves; see the kernel."""
         layer = (self.work, self.items.where, self.codes, self.usage, self.times)
         with np.errstate(over="ignore"):  # of random numbers, and of counted bits; here, since threads have their own
-            return float(kernel(layer, self.wire, rest, risk, self.bounds, kicked, left, word))
+            value = float(kernel(layer, self.wire, rest, risk, self.bounds, kicked, left, word))
+        return value + float(self.bounds[3][np.arange(len(self.items.where)), self.items.where].sum())
 
     def state(self) -> tuple[np.ndarray, ...]:
         """Copies of what a descent changes."""

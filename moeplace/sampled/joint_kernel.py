@@ -49,7 +49,7 @@ def descend_joint(layer: Any, wire: Any, rest: Any, risk: Any, bounds: Any, kick
     risk
         ``(mix, worst steps)``.
     bounds
-        ``load`` [item], ``busy`` [GPU], ``cap`` [1].
+        ``load`` [item], ``busy`` [GPU], ``cap`` [1]; ``moving`` [item, GPU] cost of an item there, beside the risk.
     left
         ``[1]`` swaps that may still be judged.
 
@@ -84,11 +84,13 @@ def descend_joint(layer: Any, wire: Any, rest: Any, risk: Any, bounds: Any, kick
         if first >= second or _forbidden(first, second, where, expert, bounds):
             continue
         left[0] -= 1
-        if _change(first, second, layer, tops, wire, weights, new) >= -LEAST_GAIN * value:
+        g, h, moving = where[first], where[second], bounds[3]
+        moved = moving[first, h] + moving[second, g] - moving[first, g] - moving[second, h]
+        if moved + _change(first, second, layer, tops, wire, weights, new, moved) >= -LEAST_GAIN * value:
             continue
         total = rest + new
         now = _risk(total, risk)
-        if now < value - LEAST_GAIN * value:
+        if now + moved < value - LEAST_GAIN * value:
             _swap(first, second, layer, bounds)
             _recount(where, wire)
             _retop(usage, tops)
@@ -107,8 +109,11 @@ def _kick(number: int, layer: Any, wire: Any, bounds: Any, word: Any) -> None:
             _swap(first, second, layer, bounds)
 
 
-def _change(first: int, second: int, layer: Any, tops: Any, wire: Any, weights: Any, new: Any) -> float:
-    """Weighted change of the times when two items swap; infinite as soon as it is clear that it does harm."""
+def _change(first: int, second: int, layer: Any, tops: Any, wire: Any, weights: Any, new: Any, moved: float) -> float:
+    """Weighted change of the times when two items swap; infinite as soon as it is clear that it does harm.
+
+    ``moved`` is what the swap costs besides.
+    """
     times = layer[4]
     change, squares, low = 0.0, 0.0, 0
     while low < len(new):
@@ -118,7 +123,7 @@ def _change(first: int, second: int, layer: Any, tops: Any, wire: Any, weights: 
             part = weights[b] * (new[b] - times[b])
             change += part
             squares += part * part
-        if change > 0 and change * change > CLEARLY * squares:
+        if change > 0 and moved >= 0 and change * change > CLEARLY * squares:
             return np.inf
         low = high
     return change
@@ -297,7 +302,7 @@ def _bits(x: Any) -> int:
 
 def _forbidden(first: int, second: int, where: Any, expert: Any, bounds: Any) -> bool:
     """Whether a swap changes nothing, puts two copies of one expert together, or breaks the cap."""
-    load, busy, cap = bounds
+    load, busy, cap, _ = bounds
     g, h, e, f = where[first], where[second], expert[first], expert[second]
     if g == h or e == f:
         return True
@@ -318,7 +323,7 @@ def _forbidden(first: int, second: int, where: Any, expert: Any, bounds: Any) ->
 def _swap(first: int, second: int, layer: Any, bounds: Any) -> None:
     """Swap two items."""
     work, where, _, usage, _ = layer
-    load, busy, _ = bounds
+    load, busy, _, _ = bounds
     g, h = where[first], where[second]
     for channel in range(usage.shape[1]):
         for b in range(usage.shape[2]):
