@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from shell import Shell
 from strategies import every_placement, make_problem, make_trace, random_placement, slow_topology
 
+from moeplace.build import Choices, build_problem
 from moeplace.caps import moves_for
 from moeplace.diff import compare_placements
 from moeplace.errors import InputError, ProblemError, SolverError
@@ -21,6 +22,8 @@ from moeplace.problem import Problem
 from moeplace.sampled import aligned, moving_value, relink
 from moeplace.solution import Limits
 from moeplace.solvers import finish, solve
+from moeplace.split import parse_split, select
+from moeplace.watching import propose, watch
 
 BRIEF = Limits(work=0.05)
 
@@ -142,4 +145,38 @@ def test_the_command_line_limits_moves(shell: Shell) -> None:
     moved = shell("diff old.json new.json --json").json
     assert moved["moved_share"] <= 0.1 + 1e-9
     shell.fails("solve t.npz -t scale-up:4 --max-moves 3", "moves are counted from a placement")
-    assert "is not a size" in shell(f"{near} 1 --max-moved-bytes lots", 2).err
+    assert "is not a size" in shell("solve t.npz --baseline old.json --max-moved-bytes lots", 2).err
+
+
+def test_a_watch_proposes_only_what_repays(shell: Shell) -> None:
+    """A bad placement is replaced once and then kept; over one step nothing repays; waiting is asked for, not slept."""
+    shell("solve t.npz -t scale-up:4 --solver random -o old.json")
+    line = "solve t.npz -t scale-up:4 --solver balance --baseline old.json --watch 1s --watch-rounds 1 -o next.json"
+    told = shell(f"{line} --horizon-steps 1000000000 --json").json
+    assert told["move"] == (told["then_us"] < told["now_us"])
+    assert not shell(f"{line} --horizon-steps 1 --json").json["move"]
+    assert "horizon" in shell(f"{line} --horizon-steps 5").out or "stay" in shell(f"{line} --horizon-steps 5").out
+    assert "--watch needs" in shell("solve t.npz --watch 1s", 2).err
+
+
+def test_the_loop_counts_looks_and_ends() -> None:
+    """Looks that find nothing new do not count; waiting may end it."""
+    news = iter([True, False, True, True])
+    assert watch(lambda: next(news), lambda: False, rounds=2) == 2
+    assert watch(lambda: True, lambda: True) == 1
+
+
+def test_a_proposal_is_judged_on_requests_not_fitted_to() -> None:
+    """Its figures are the objective's on the other half; without a horizon there is none."""
+    trace = make_trace(1, tokens=300, layers=2, experts=8, top_k=2)
+    base = random_placement(0, np.full(4, 2), 2, 8)
+    choices = Choices(topology="scale-up:4", baseline=base, horizon_steps=10**8)
+    proposal = propose(trace, choices, "balance", BRIEF)
+    test = build_problem(select(trace, split=parse_split("half:0"), part="test"), topology="scale-up:4")
+    assert proposal.now_us == objective_value(test, base)
+    assert proposal.solution.placement is not None
+    assert proposal.then_us == objective_value(test, proposal.solution.placement)
+    assert proposal.repays == (proposal.gain_us * 10**8 >= proposal.move_us and proposal.moved_copies > 0)
+    assert ("move" if proposal.repays else "stay") in str(proposal)
+    with pytest.raises(InputError, match="a watch without"):
+        propose(trace, Choices(topology="scale-up:4", baseline=base), "balance", BRIEF)

@@ -32,6 +32,7 @@ from moeplace.cli.options import (
     threads,
     trace_input,
 )
+from moeplace.cli.watch import watch_trace
 
 if TYPE_CHECKING:
     from moeplace.solution import Limits, Solution
@@ -43,6 +44,7 @@ Examples:
   moeplace solve trace.npz -t scale-out:2x4 --solver moetuner --time-limit 2m
   moeplace solve trace.npz --baseline old.json --require 5% -o new.json
   moeplace solve trace.npz --baseline old.json --max-moves 10% --horizon-steps 100000 -o near.json
+  moeplace solve grows.jsonl --baseline now.json --horizon-steps 100000 --watch 5m -o next.json
   moeplace solve trace.npz -t scale-out:2x4 --dataflow context-coherent --pareto -o best.json
   moeplace solve trace.npz --risk p99 --batch-requests 32 --fit half:0 -o steady.json
   moeplace solve trace.npz --objective load --risk p99 --copies-cap eplb-6% -o both.json
@@ -94,6 +96,8 @@ Examples:
 @option("--fit", metavar="SPLIT", help="Fit on a part of the trace: half:SEED, domain:NAME,… or time:FRACTION.")
 @option("--baseline", type=click.Path(allow_dash=True), help="The placement now deployed, to count moves from.")
 @moves
+@option("--watch", type=Duration(), help="Look this often whether the trace has grown: 30s, 5m; ends by Ctrl-C.")
+@option("--watch-rounds", type=Whole(1), help="With --watch: end after so many looks.")
 @option("--format", "output_format", metavar="NAME", default="native", help="Placement format (moeplace list formats).")
 @option("--output", "-o", type=click.Path(allow_dash=True), help="Where the placement goes; default: standard output.")
 @option(
@@ -139,6 +143,8 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
             load_solver(name)
     if options["pareto"] and options["objective"] != "step-time":
         raise click.UsageError(f"--pareto chooses by predicted step time: leave out --objective {options['objective']}")
+    if options["watch"] is not None:
+        return _watch(trace, output, fit, options)
     quiet = options["quiet"]
     to_stdout = output is None and (options["as_json"] or quiet or not sys.stdout.isatty())
     target = "-" if to_stdout else output
@@ -186,6 +192,17 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
             load_exporter(DEFAULT).write(document, sys.stdout.buffer, Target())
     _check_requirement(solution, options["require"])
     return EXIT_INTERRUPTED if limits.stop.is_set() else 0
+
+
+def _watch(trace: str, output: str | None, fit: str | None, options: dict[str, Any]) -> int:
+    choices = replace(choices_of(options), risk_batches=options["risk_batches"])
+    limits = _limits(options)
+
+    def open_now() -> Any:
+        return open_source(trace, options, split=fit)
+
+    with _stop_on_interrupt(limits.stop):
+        return watch_trace(trace, choices, limits, options, open_now=open_now, output=output)
 
 
 def _show_plan(instance: Mapping[str, str], assumed: tuple[str, ...], noted: tuple[str, ...], *, as_json: bool) -> None:
