@@ -15,7 +15,7 @@ from strategies import every_placement, make_problem, make_trace, random_placeme
 
 from moeplace.affinity import count_routing
 from moeplace.batches import BatchLaw, TokenIndex, expert_rows
-from moeplace.bounds import objective_bound
+from moeplace.bounds import objective_bound, worst_weights
 from moeplace.errors import InfeasibleError, ProblemError
 from moeplace.metrics import copies_per_token, max_over_mean
 from moeplace.objective import objective_value, step_values
@@ -83,6 +83,27 @@ def test_no_placement_is_below_the_floor(objective: str, slots: list[int]) -> No
         for one in (problem, problem.replace(topology=unlike)):
             least = min(objective_value(one, placement) for placement in every_placement(one))
             assert 0 < objective_bound(one) <= least * (1 + 1e-9)
+
+
+@given(seed=st.integers(0, 500), batches=st.integers(1, 45))
+@settings(max_examples=20, deadline=None)
+def test_weights_of_the_worst_steps_are_those_of_the_tail(seed: int, batches: int) -> None:
+    """They add up to one, none above 1/(0.05·B) or one, and weigh to CVaR95; more steps of the same keep the bound."""
+    sample = np.random.default_rng(seed).random(batches)
+    weights = worst_weights(sample)
+    assert weights.sum() == pytest.approx(1.0)
+    assert weights.max() <= min(1.0, 1 / (0.05 * batches)) + 1e-12
+    assert weights @ sample == pytest.approx(cvar(sample))
+
+
+def test_the_tail_has_a_floor_above_that_of_its_steps() -> None:
+    """Weighted by what is worst, layers are bounded together; no placement of a small layer is below."""
+    for seed in range(6):
+        problem = _problem(seed, batches=25, risk="cvar95", layers=1, experts=4, tokens=60, slots_per_gpu=[2, 2])
+        least = min(objective_value(problem, placement) for placement in every_placement(problem))
+        bound = objective_bound(problem)
+        assert objective_bound(problem.replace(risk="mean")) <= bound + 1e-12
+        assert bound <= least * (1 + 1e-9)
 
 
 def test_counts_are_steps_too() -> None:

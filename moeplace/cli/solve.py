@@ -35,7 +35,11 @@ from moeplace.cli.options import (
 from moeplace.cli.watch import watch_trace
 
 if TYPE_CHECKING:
+    from moeplace.build import Choices
+    from moeplace.problem import Problem
+    from moeplace.report import SolveLog
     from moeplace.solution import Limits, Solution
+    from moeplace.trace import Counts, TraceStream
 
 EPILOG = """\b
 Examples:
@@ -48,12 +52,14 @@ Examples:
   moeplace solve trace.npz -t scale-out:2x4 --dataflow context-coherent --pareto -o best.json
   moeplace solve trace.npz --risk p99 --batch-requests 32 --fit half:0 -o steady.json
   moeplace solve trace.npz --objective load --risk p99 --copies-cap eplb-6% -o both.json
+  moeplace solve monday.npz sunday.npz --robust --objective load -o any-day.json
   zcat trace.jsonl.gz | moeplace solve - --objective load > placement.json
 """
 
 
 @click.command("solve", epilog=EPILOG)
 @trace_input
+@click.argument("others", nargs=-1, type=click.Path(exists=True))
 @hardware
 @goal
 @option(
@@ -93,6 +99,17 @@ Examples:
 @option("--gap", type=Share(), default="0", help="Stop at this relative gap: 0.01 or 1%.")
 @option("--seed", type=Whole(0), default=0, help="Random seed.")
 @option("--pareto", is_flag=True, help="Sweep the load cap, show the front, and return its least step time.")
+@option(
+    "--robust",
+    is_flag=True,
+    help="Choose for the worst of several traces, or of a trace's domains, by what methods lose on one left out.",
+)
+@option(
+    "--robust-radius",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    help="With --robust: how far the mixture may be from equal parts: 1 any one alone, 0 equal parts.",
+)
 @option("--fit", metavar="SPLIT", help="Fit on a part of the trace: half:SEED, domain:NAME,… or time:FRACTION.")
 @option("--baseline", type=click.Path(allow_dash=True), help="The placement now deployed, to count moves from.")
 @moves
@@ -110,7 +127,7 @@ Examples:
 @constants
 @threads
 @common
-def solve_command(trace: str, output: str | None, fit: str | None, **options: Any) -> int:
+def solve_command(trace: str, others: tuple[str, ...], output: str | None, fit: str | None, **options: Any) -> int:
     """Choose where experts live.
 
     TRACE is a file of routed tokens or of expert counts, or - for standard input; gzip and zstd are recognised. The
@@ -133,7 +150,7 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
     from moeplace.files import atomic_output
     from moeplace.front import trace_front
     from moeplace.report import SolveLog
-    from moeplace.solvers import load_solver, solve
+    from moeplace.solvers import load_solver
     from moeplace.soundness import count_and_doubt
 
     check_paths([trace, options["baseline"]], output, keep=[trace])
@@ -143,6 +160,8 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
             load_solver(name)
     if options["pareto"] and options["objective"] != "step-time":
         raise click.UsageError(f"--pareto chooses by predicted step time: leave out --objective {options['objective']}")
+    if others and not options["robust"]:
+        raise click.UsageError(f"one trace, not {1 + len(others)}: several are for --robust")
     if options["watch"] is not None:
         return _watch(trace, output, fit, options)
     quiet = options["quiet"]
@@ -176,7 +195,7 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
                 front, solution = trace_front(problem, options["solver"], limits, log)
                 log.front(front)
             else:
-                solution = solve(problem, options["solver"], limits, log)
+                problem, solution = _solution(problem, choices, source, limits, log, (trace, others, options))
         log.tail(solution, problem)
         document = document_of(problem, solution, limits, front)
         if file is not None:
@@ -192,6 +211,30 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
             load_exporter(DEFAULT).write(document, sys.stdout.buffer, Target())
     _check_requirement(solution, options["require"])
     return EXIT_INTERRUPTED if limits.stop.is_set() else 0
+
+
+def _solution(
+    problem: Problem,
+    choices: Choices,
+    source: TraceStream | Counts,
+    limits: Limits,
+    log: SolveLog,
+    asked: tuple[str, tuple[str, ...], dict[str, Any]],
+) -> tuple[Problem, Solution]:
+    """Solve, for one trace or for the worst of several."""
+    from moeplace.robust import solve_robust
+    from moeplace.solvers import solve
+
+    trace, others, options = asked
+    if not options["robust"]:
+        return problem, solve(problem, options["solver"], limits, log)
+    if options["solver"] != "auto":
+        raise click.UsageError("--robust chooses the solver: leave out --solver")
+    sources = {trace: source}
+    for number, other in enumerate(others, 2):
+        sources[other if other not in sources else f"{other} ({number})"] = open_source(other, options)
+    problem, solution, _ = solve_robust(sources, choices, limits, log, radius=options["robust_radius"])
+    return problem, solution
 
 
 def _watch(trace: str, output: str | None, fit: str | None, options: dict[str, Any]) -> int:
