@@ -53,6 +53,7 @@ Examples:
   moeplace solve trace.npz --risk p99 --batch-requests 32 --fit half:0 -o steady.json
   moeplace solve trace.npz --objective load --risk p99 --copies-cap eplb-6% -o both.json
   moeplace solve monday.npz sunday.npz --robust --objective load -o any-day.json
+  moeplace solve trace.npz --risk p99 --objective load --validate
   zcat trace.jsonl.gz | moeplace solve - --objective load > placement.json
 """
 
@@ -122,6 +123,11 @@ Examples:
     type=Requirement(),
     help="Exit with code 5 unless the answer is 'optimal', or has at most this gap (1%).",
 )
+@option(
+    "--validate",
+    is_flag=True,
+    help="Write no placement: fit and test on splits, on a trace without affinity, and on less of the trace.",
+)
 @option("--dry-run", is_flag=True, help="Read and check everything, print the assumptions, solve nothing.")
 @batch_law
 @constants
@@ -162,8 +168,8 @@ def solve_command(trace: str, others: tuple[str, ...], output: str | None, fit: 
         raise click.UsageError(f"--pareto chooses by predicted step time: leave out --objective {options['objective']}")
     if others and not options["robust"]:
         raise click.UsageError(f"one trace, not {1 + len(others)}: several are for --robust")
-    if options["watch"] is not None:
-        return _watch(trace, output, fit, options)
+    if options["watch"] is not None or options["validate"]:
+        return (_validate if options["validate"] else _watch)(trace, output, fit, options)
     quiet = options["quiet"]
     to_stdout = output is None and (options["as_json"] or quiet or not sys.stdout.isatty())
     target = "-" if to_stdout else output
@@ -235,6 +241,24 @@ def _solution(
         sources[other if other not in sources else f"{other} ({number})"] = open_source(other, options)
     problem, solution, _ = solve_robust(sources, choices, limits, log, radius=options["robust_radius"])
     return problem, solution
+
+
+def _validate(trace: str, output: str | None, fit: str | None, options: dict[str, Any]) -> int:
+    from moeplace.report import SolveLog, console, say, write_json, write_table
+    from moeplace.validation import validate
+
+    if output is not None:
+        raise click.UsageError("--validate writes no placement: leave out -o")
+    choices, limits = replace(choices_of(options), risk_batches=options["risk_batches"]), _limits(options)
+    log = SolveLog(shown=not options["quiet"] and (options["verbose"] or sys.stderr.isatty()))
+    with _stop_on_interrupt(limits.stop):
+        found = validate(open_source(trace, options, split=fit), choices, options["solver"], limits, log)
+    if options["as_json"]:
+        write_json(found.to_dict())
+    else:
+        write_table(found.rows(), right=range(1, 5))
+        say(found.sentence(), console())
+    return EXIT_INTERRUPTED if limits.stop.is_set() else 0
 
 
 def _watch(trace: str, output: str | None, fit: str | None, options: dict[str, Any]) -> int:
