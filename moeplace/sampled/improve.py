@@ -122,8 +122,10 @@ def improve_mean(tables: StepTables, placement: Placement, weights: Floats, sear
         rng = np.random.default_rng([search.seed, layer])
         spare = len(state.expert) > len(state.load)
         rounds = max(1, round(REPLICA_KICKS * search.kicks)) if spare else 0
-        budget = search.budget // (rounds + 1)
-        best = _run(kernel, state, weights, search.cap[layer], search.kicks if not spare else 0, budget, word)
+        # half of the work goes to places, the rest to who has copies
+        budget = search.budget // (2 * rounds) if rounds else 0
+        first = search.budget - rounds * budget
+        best = _run(kernel, state, weights, search.cap[layer], search.kicks if not spare else 0, first, word)
         for _ in range(rounds):
             other = _recopied(state, rng)
             if other is None or search.stop():

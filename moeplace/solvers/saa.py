@@ -127,6 +127,8 @@ class _Run:
         mean = self.tables.rows[:, :, self.fit].mean(axis=2, dtype=np.float64)
         for name, load in (("balanced load", problem.stats.load.astype(np.float64)), ("balanced steps", mean)):
             even = balance_global(load, problem.slots_per_gpu)
+            if name == "balanced load":
+                starts["EPLB"] = even
             floor = load.sum(axis=1) / problem.num_gpus
             starts[name] = pack_layers(
                 load, even, problem.slots_per_gpu, floor=floor, kicks=BALANCE_KICKS, seed=self.limits.seed,
