@@ -308,6 +308,7 @@ def test_the_command_line_draws_steps(shell: Shell) -> None:
     assert done.json["bound"] <= done.json["objective"]["value"]
     shell.fails("solve t.npz -t scale-up:4 --risk p99 --objective copies", "risk p99 of copies")
     capped = "solve t.npz -t scale-up:4 --objective load --risk-batches 40 --work 0.01 --json --copies-cap"
-    told = shell(f"{capped} eplb").json["terms"]["copies_per_token_gpu"]["value"]
+    plain = "solve t.npz -t scale-up:4 --objective load --risk-batches 40 --solver eplb --json"
+    told = shell(plain).json["terms"]["copies_per_token_gpu"]["value"]
     assert shell(f"{capped} eplb-1%").json["terms"]["copies_per_token_gpu"]["value"] <= told * 0.99 + 1e-9
     shell.fails(f"{capped} eplb-x", "eplb-6%")
