@@ -120,6 +120,10 @@ class Steps:
         """Number of steps."""
         return int(self.rows.shape[0])
 
+    def part(self, batches: npt.NDArray[Any]) -> Steps:
+        """Return some of the steps, by their numbers."""
+        return Steps(trace=self.trace, rows=self.rows[batches], law=self.law.replace(batches=len(batches)))
+
 
 def expert_rows(steps: Steps | Counts) -> npt.NDArray[np.int32]:
     """``[layer, expert, batch]`` selections in every step. Complexity: O(batches · tokens · layers · k)."""

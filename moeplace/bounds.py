@@ -16,7 +16,7 @@ from moeplace.compute import ExpertCompute
 from moeplace.frozen import Floats, Ints
 from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Traffic, exchange, latency_us
 from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, LOAD, NODE, Problem
-from moeplace.tails import MEAN, risk_value
+from moeplace.tails import CVAR, MEAN, risk_value
 from moeplace.topology import CUSTOM, num_links_per_gpu
 
 SPECTRA = 128  # most experts for which spectra are quick
@@ -149,7 +149,9 @@ def sampled_bound(problem: Problem) -> float:
     In every step of every layer the busiest GPU does at least the mean of all and at least the hottest expert's rows
     shared by as many copies as there can be. Their sum over layers is a floor of every step, and the risk of the floors
     is one of the risk. For the mean, the busiest GPU of a layer also has on average at least what the busiest of the
-    mean step has. Communication is bounded by its latency. Complexity: O(batches · layers · experts).
+    mean step has. CVaR95 is the largest of all sums with weights ``0 ≤ q_b ≤ 1/(0.05·B)`` that add up to 1, so that any
+    such weights bound it by ``Σ_l min_x Σ_b q_b·Z_lb(x)``, and that by the floor of the weighted step. Communication is
+    bounded by its latency. Complexity: O(batches · layers · experts).
     """
     if problem.steps is None:
         raise ValueError("the problem has no steps")
@@ -168,8 +170,36 @@ def sampled_bound(problem: Problem) -> float:
             idle = (rows.sum(axis=1) == 0).sum(axis=1)
             layer = np.maximum(floors.mean(axis=1), (_mean_floor(ratio, problem) + idle) / rows.shape[2])
             return float(layer.mean())
+        if problem.risk == CVAR and not problem.whole_model:
+            return _cvar_floor(problem, rows / mean[:, None], floors)
         return risk_value(total, problem.risk)
     return risk_value(_time_floors(problem, rows, usable, most), problem.risk)
+
+
+def _cvar_floor(problem: Problem, ratio: Floats, floors: Floats) -> float:
+    """Lower bound on CVaR95 of the load: the best of a few fixed weights of the steps, each layer by itself.
+
+    ``ratio`` [layer, expert, batch] rows over the mean of a GPU, ``floors`` [layer, batch] those of every step.
+    """
+    best = 0.0
+    busiest = ratio.max(axis=1).mean(axis=0)
+    for order in (floors.mean(axis=0), busiest, None):
+        weights = np.full(ratio.shape[2], 1 / ratio.shape[2]) if order is None else worst_weights(order)
+        layer = np.maximum(floors @ weights, _mean_floor(ratio @ weights, problem))
+        best = max(best, float(layer.mean()))
+    return best
+
+
+def worst_weights(order: Floats) -> Floats:
+    """``[batch]`` weights of the worst 5 % by ``order``, at most ``1/(0.05·B)`` each, that add up to 1."""
+    mass = max(1.0, 0.05 * len(order))
+    left, weights = 1.0, np.zeros(len(order))
+    for b in np.argsort(-order, kind="stable"):
+        weights[b] = min(left, 1 / mass)
+        left -= float(weights[b])
+        if left <= 0:
+            break
+    return weights
 
 
 def _mean_floor(load: Floats, problem: Problem) -> Floats:

@@ -11,12 +11,10 @@ import numpy as np
 from moeplace.affinity import RoutingStats, count_routing
 from moeplace.batches import DEFAULT_PREFILL_TOKENS, DEFAULT_REQUESTS, MIXED, UNIFORM, BatchLaw, Steps, TokenIndex
 from moeplace.calibration import calibrate, read_compute_table
+from moeplace.caps import cap_for, copies_cap_for, moves_for
 from moeplace.checks import Finding, check_stats, identical_start
 from moeplace.errors import InputError, ProblemError, UnknownNameError, unknown_name
-from moeplace.frozen import Floats, Ints
-from moeplace.metrics import max_over_mean
 from moeplace.model import ModelSpec, generic_model, load_model
-from moeplace.packing.eplb import balance_global
 from moeplace.placement import Placement
 from moeplace.presets import is_path
 from moeplace.problem import DISPATCH_COMBINE, STEP_TIME, Problem, slots_for
@@ -59,12 +57,15 @@ class Choices:
         What of the step time is minimised: ``mean``, the only one so far.
     load_cap
         A number, or ``eplb`` for the maximum of EPLB's global policy in each layer.
+    copies_cap
+        Copies per token, or ``eplb-6%`` for so much less than the placement of EPLB's global policy has.
     phase, batch_requests, batch_tokens, batch_prefill_requests, batch_prefill_tokens, arrival
         The batch law.
     risk_batches
         Steps to draw for a risk; given with the mean, the mean over them is minimised, not the mean step.
-    baseline
-        The placement now deployed.
+    baseline, max_moves, max_moved_bytes, max_moved_bytes_per_gpu, horizon_steps
+        The placement now deployed; copies to move at most (a number, or a share of all), bytes at most in all and on
+        one GPU, and the steps over which moving has to repay itself.
     routing
         Which copy of an expert serves a token; default: copies share evenly.
     """
@@ -86,6 +87,7 @@ class Choices:
     copies_level: str = "gpu"
     whole_model: bool = False
     load_cap: str | float | None = None
+    copies_cap: str | float | None = None
     phase: str | None = None
     batch_requests: int | None = None
     batch_tokens: int | None = None
@@ -95,6 +97,10 @@ class Choices:
     arrival: str | None = None
     baseline: Placement | None = None
     routing: str | None = None
+    max_moves: int | float | None = None
+    max_moved_bytes: float | None = None
+    max_moved_bytes_per_gpu: float | None = None
+    horizon_steps: int | None = None
 
 
 def build_problem(
@@ -147,7 +153,7 @@ def build_problem(
         prefill_requests=choices.batch_prefill_requests,
         prefill_tokens=choices.batch_prefill_tokens,
         arrival=choices.arrival,
-        batches=choices.risk_batches or (None if choices.risk == MEAN else RISK_BATCHES),
+        batches=choices.risk_batches or (None if choices.risk == MEAN and choices.copies_cap is None else RISK_BATCHES),
     )
     return Problem(
         stats=stats,
@@ -159,17 +165,26 @@ def build_problem(
         objective=choices.objective,
         copies_level=choices.copies_level,
         load_cap=cap_for(choices.load_cap, stats, slots),
+        copies_cap=copies_cap_for(choices.copies_cap, stats, slots, topology),
         whole_model=choices.whole_model,
         steps=_steps(source, law, choices),
         risk=choices.risk,
         baseline=choices.baseline,
         routing=choices.routing or EVEN,
+        moves=moves_for(
+            choices.baseline,
+            model.expert_weight_bytes,
+            copies=choices.max_moves,
+            total_bytes=choices.max_moved_bytes,
+            gpu_bytes=choices.max_moved_bytes_per_gpu,
+            horizon_steps=choices.horizon_steps,
+        ),
     )
 
 
 def _steps(source: TraceStream | Counts, law: BatchLaw, choices: Choices) -> Steps | Counts | None:
     """Draw the steps a risk is taken over; None where the mean step will do."""
-    if choices.risk == MEAN and choices.risk_batches is None:
+    if choices.risk == MEAN and choices.risk_batches is None and choices.copies_cap is None:
         return None
     return source if isinstance(source, Counts) else draw_steps(source, TokenIndex.of(source), law)
 
@@ -249,18 +264,6 @@ def topology_for(choices: Choices, stats: RoutingStats | None = None) -> Topolog
     return topology
 
 
-def cap_for(cap: str | float | None, stats: RoutingStats, slots_per_gpu: Ints) -> Floats | None:
-    """``[layer]`` cap on max/mean GPU load: a number for every layer, or EPLB's own maximum per layer."""
-    if cap is None:
-        return None
-    if cap == "eplb":
-        return max_over_mean(balance_global(stats.load.astype(np.float64), slots_per_gpu), stats.load)
-    try:
-        return np.full(stats.meta.num_layers, float(cap))
-    except ValueError:
-        raise InputError(f"load cap {cap!r}", rule="a number of at least 1, or eplb") from None
-
-
 def assumptions(problem: Problem, choices: Choices) -> tuple[str, ...]:
     """What was not said but assumed, one sentence each."""
     meta = problem.stats.meta
@@ -338,6 +341,8 @@ def describe(problem: Problem) -> Mapping[str, str]:
     if problem.load_cap is not None:
         lowest, highest = float(problem.load_cap.min()), float(problem.load_cap.max())
         cap = f", load cap {lowest:.4f}" + (f" to {highest:.4f}" if highest > lowest else "")
+    if problem.copies_cap is not None:
+        cap += f", at most {problem.copies_cap:.4f} copies per token"
     step = f"{law.requests:,} tokens on average, as recorded"
     if stats.has_tokens:
         step = f"{law_words(law)} over all GPUs"
@@ -352,8 +357,9 @@ def describe(problem: Problem) -> Mapping[str, str]:
         "step": f"{law.phase}, {step}",
     }
     if problem.baseline is not None:
+        limited = "" if problem.moves is None else f"; {problem.moves}"
         told["baseline"] = (
-            f"{int(problem.baseline.used_slots().sum()):,} copies now deployed; moves are counted from it"
+            f"{int(problem.baseline.used_slots().sum()):,} copies now deployed; moves are counted from it{limited}"
         )
     return told
 

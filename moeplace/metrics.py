@@ -82,6 +82,13 @@ def traffic_metrics(
     )
 
 
+def copies_per_token(stats: RoutingStats, placement: Placement, topology: Topology) -> float:
+    """GPUs that a token of the sample visits, mean over layers; the number of choices where only counts are known."""
+    if stats.sample is None:
+        return float(stats.meta.top_k)
+    return token_metrics(stats.sample, placement, topology)[0]
+
+
 def token_metrics(
     trace: Trace, placement: Placement, topology: Topology, router: Router | None = None
 ) -> tuple[float, float, float | None]:

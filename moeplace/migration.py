@@ -16,6 +16,7 @@ from moeplace.diff import check_nodes, sourced
 from moeplace.errors import PlacementError
 from moeplace.frozen import Ints
 from moeplace.placement import Placement
+from moeplace.problem import Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +143,22 @@ def schedule_moves(
         layer_ids=layer_ids or tuple(range(before.num_layers)),
         expert_bytes=expert_bytes,
     )
+
+
+def check_moves(problem: Problem, placement: Placement) -> str | None:
+    """Say how a placement breaks the limits on moves, by the loads of a schedule; None where it keeps them."""
+    moves, base = problem.moves, problem.baseline
+    if moves is None or base is None:
+        return None
+    schedule = schedule_moves(base, placement)
+    loads = np.concatenate([np.zeros(0, np.int64), *(one.loads[:, 3] for one in schedule.rounds)])
+    loaded = np.bincount(loads, minlength=problem.num_gpus)
+    if moves.max_copies is not None and loaded.sum() > moves.max_copies:
+        return f"{int(loaded.sum()):,} copies move, {moves.max_copies:,} may"
+    if moves.max_copies_per_gpu is not None and loaded.max() > moves.max_copies_per_gpu:
+        gpu = int(loaded.argmax())
+        return f"GPU {gpu} loads {int(loaded[gpu]):,} copies, a GPU may load {moves.max_copies_per_gpu:,}"
+    return None
 
 
 def _drops(held: Ints, goal: Ints) -> Ints:

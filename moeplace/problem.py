@@ -13,6 +13,7 @@ from moeplace.batches import BatchLaw, Steps
 from moeplace.errors import ProblemError
 from moeplace.frozen import digest, frozen_array, replaced, seal
 from moeplace.model import ModelSpec
+from moeplace.moving import MoveLimits
 from moeplace.placement import Placement, spread_slots
 from moeplace.routing import EVEN, POLICIES
 from moeplace.tails import MEAN, RISKS
@@ -48,6 +49,8 @@ class Problem:
         ``gpu`` or ``node``: what ``copies`` and ``cross`` count.
     load_cap
         ``[layer]`` hard cap on max/mean GPU load, or None.
+    copies_cap
+        Hard cap on the GPUs that a token visits, mean over layers and sampled tokens, or None; with objective ``load``.
     whole_model
         Slots are counted over all layers together, as MoETuner's memory constraint does, not in each layer.
     steps, risk
@@ -57,6 +60,8 @@ class Problem:
         Which copy of an expert serves a token, one of :data:`~moeplace.routing.POLICIES`; the objective is under it.
     start, baseline
         A placement to start from, and the one now deployed; both optional.
+    moves
+        Limits on moves from the baseline; optional.
 
     Raises
     ------
@@ -73,12 +78,14 @@ class Problem:
     objective: str = STEP_TIME
     copies_level: str = GPU
     load_cap: npt.NDArray[np.float64] | None = None
+    copies_cap: float | None = None
     whole_model: bool = False
     steps: Steps | Counts | None = None
     risk: str = MEAN
     routing: str = EVEN
     start: Placement | None = None
     baseline: Placement | None = None
+    moves: MoveLimits | None = None
 
     def __post_init__(self) -> None:
         seal(self, slots_per_gpu=frozen_array(np.atleast_1d(self.slots_per_gpu), np.int64))
@@ -90,6 +97,37 @@ class Problem:
             if not (np.isfinite(cap) & (cap >= 1)).all():
                 raise ProblemError(f"load cap {cap.min():g}", rule="a cap on max/mean load is at least 1")
             seal(self, load_cap=frozen_array(cap, np.float64))
+        self._check_copies_cap()
+        self._check_moves()
+
+    def _check_copies_cap(self) -> None:
+        if self.copies_cap is None:
+            return
+        if not (np.isfinite(self.copies_cap) and self.copies_cap >= 1):
+            raise ProblemError(f"copies cap {self.copies_cap:g}", rule="a cap on copies per token is at least 1")
+        if self.objective != LOAD or self.whole_model:
+            what = "slots counted over the whole model" if self.whole_model else f"objective {self.objective}"
+            raise ProblemError(
+                f"a copies cap with {what}", rule="it is for the objective load", hint="--objective load"
+            )
+        if self.stats.sample is None:
+            raise ProblemError(
+                "a copies cap on a trace that holds only counts",
+                rule="copies need to know which experts a token chose together",
+                hint="record a per-token trace",
+            )
+
+    def _check_moves(self) -> None:
+        if self.moves is None:
+            return
+        if self.baseline is None:
+            raise ProblemError(
+                "limits on moves without a baseline", rule="moves are counted from the placement deployed"
+            )
+        if self.moves.horizon_steps is not None and self.objective != STEP_TIME:
+            raise ProblemError(
+                f"a horizon with objective {self.objective}", rule="the time of moving is weighed against step time"
+            )
 
     def _check_names(self) -> None:
         for value, known, what in (

@@ -9,8 +9,8 @@ from moeplace.comparison import Place, Row
 from moeplace.execution import Execution
 from moeplace.model import ModelSpec
 from moeplace.report import TRAFFIC_WORDS, console, say, write_table
-from moeplace.scoring import Score
-from moeplace.tails import QUANTILES, Estimate, paired, tail_steps
+from moeplace.scoring import Score, excess_removed
+from moeplace.tails import QUANTILES, Estimate, paired, risk_value, tail_steps
 
 MIN_TAIL_STEPS = 10
 LEGEND = "* the best of its column, its 95 % interval below all others'; over several seeds intervals are Student's t"
@@ -144,6 +144,13 @@ def _score_rows(group: Sequence[Score], *, naive: bool) -> list[list[str]]:
     rows.append(["load max/mean, step", *[f"{e.step_max_over_mean:.4f}" for e in group]])
     rows.append(["noise floor", *[f"{e.simulation.noise_floor:.4f}" for e in group]])
     rows.append(["excess over it", *[f"{e.excess:.4f}" for e in group]])
+    tails = [risk_value(e.simulation.step_max_over_mean, "p99") for e in group]
+    rows.append(["load max/mean, p99 step", *[f"{tail:.4f}" for tail in tails]])
+    if len(group) > 1:
+        removed = [excess_removed(e, group[0])["step_max_over_mean"] for e in group]
+        for name in ("mean", "p99"):
+            shares = ["-" if one[name] is None else f"{one[name]:.1%}" for one in removed]
+            rows.append([f"excess removed, {name} step", *shares])
     for name, words in TRAFFIC_WORDS.items():
         values = [getattr(e.traffic, name) for e in group]
         if any(value is not None for value in values):

@@ -308,14 +308,32 @@ class _Entry:
         )
 
 
+def excess_removed(entry: Score, first: Score) -> dict[str, Any]:
+    """Share of the load above the noise floor that a placement takes away from the first one's, mean and quantiles.
+
+    The noise floor is what perfect long-run balance would still show in steps of this size.
+    """
+    floor, shares = entry.simulation.noise_floor, {}
+    ours, base = (summarise(one.simulation.step_max_over_mean) for one in (entry, first))
+    for name in ("mean", "p95", "p99", "cvar95"):
+        above = base[name].value - floor
+        shares[name] = _round((base[name].value - ours[name].value) / above) if above > 0 else None
+    return {"against": first.placement, "step_max_over_mean": shares}
+
+
 def scores_to_dict(scores: Sequence[Score]) -> dict[str, Any]:
     """Return a ``moeplace/score/1`` document."""
+    firsts: dict[tuple[str, str], Score] = {}
+    documents = []
+    for entry in scores:
+        first = firsts.setdefault((entry.topology, entry.law.phase), entry)
+        documents.append(entry.to_dict() | {"excess_removed": excess_removed(entry, first)})
     dataflows = sorted({entry.execution.dataflow for entry in scores})
     return {
         "schema": SCHEMA,
         "dataflow": dataflows[0] if len(dataflows) == 1 else dataflows,
         "trace_digest": scores[0].trace_digest if scores else None,
-        "scores": [entry.to_dict() for entry in scores],
+        "scores": documents,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,23 @@ from strategies import every_placement, make_problem, make_trace, random_placeme
 
 from moeplace.affinity import count_routing
 from moeplace.batches import BatchLaw, TokenIndex, expert_rows
-from moeplace.bounds import objective_bound
-from moeplace.errors import ProblemError
-from moeplace.metrics import max_over_mean
+from moeplace.bounds import objective_bound, worst_weights
+from moeplace.errors import InfeasibleError, ProblemError
+from moeplace.metrics import copies_per_token, max_over_mean
 from moeplace.objective import objective_value, step_values
 from moeplace.placement import Placement
 from moeplace.problem import Problem
 from moeplace.reduction import counts_of
-from moeplace.sampled import Search, StepTables, improve_mean, improve_tail
+from moeplace.sampled import (
+    Costs,
+    Search,
+    StepTables,
+    Wire,
+    improve_joint,
+    improve_joint_tail,
+    improve_mean,
+    joint_values,
+)
 from moeplace.sampled import kernel as kernels
 from moeplace.sampled.tables import layer_times
 from moeplace.scoring import draw_steps, score
@@ -75,6 +85,27 @@ def test_no_placement_is_below_the_floor(objective: str, slots: list[int]) -> No
             assert 0 < objective_bound(one) <= least * (1 + 1e-9)
 
 
+@given(seed=st.integers(0, 500), batches=st.integers(1, 45))
+@settings(max_examples=20, deadline=None)
+def test_weights_of_the_worst_steps_are_those_of_the_tail(seed: int, batches: int) -> None:
+    """They add up to one, none above 1/(0.05·B) or one, and weigh to CVaR95; more steps of the same keep the bound."""
+    sample = np.random.default_rng(seed).random(batches)
+    weights = worst_weights(sample)
+    assert weights.sum() == pytest.approx(1.0)
+    assert weights.max() <= min(1.0, 1 / (0.05 * batches)) + 1e-12
+    assert weights @ sample == pytest.approx(cvar(sample))
+
+
+def test_the_tail_has_a_floor_above_that_of_its_steps() -> None:
+    """Weighted by what is worst, layers are bounded together; no placement of a small layer is below."""
+    for seed in range(6):
+        problem = _problem(seed, batches=25, risk="cvar95", layers=1, experts=4, tokens=60, slots_per_gpu=[2, 2])
+        least = min(objective_value(problem, placement) for placement in every_placement(problem))
+        bound = objective_bound(problem)
+        assert objective_bound(problem.replace(risk="mean")) <= bound + 1e-12
+        assert bound <= least * (1 + 1e-9)
+
+
 def test_counts_are_steps_too() -> None:
     """Recorded counts are the steps themselves; the floor holds and saa takes them."""
     trace = make_trace(2, tokens=200, layers=2, experts=6, top_k=2)
@@ -122,6 +153,46 @@ def test_the_tables_are_the_loads_of_the_steps(seed: int, redundant: int) -> Non
     assert total == pytest.approx(step_values(problem, placement), rel=1e-5)
 
 
+@given(seed=st.integers(0, 1000), phase=st.sampled_from(["decode", "prefill"]), nodes=st.sampled_from([1, 2, 4]))
+@settings(max_examples=12, deadline=None)
+def test_step_times_of_the_search_are_those_of_the_evaluator(seed: int, phase: str, nodes: int) -> None:
+    """Compute and copies of every step over the links of one domain or several, by either kernel; after swaps too."""
+    topology = "scale-up:4" if nodes == 1 else f"scale-out:{nodes}x{4 // nodes}"
+    problem = _problem(
+        seed, topology=topology, objective="step-time", phase=phase, experts=8, batches=12, slots_per_gpu=[2] * 4
+    )
+    steps = np.arange(12)
+    costs = Costs(replace(StepTables.of(problem), port_us=0.0), Wire.of(problem, steps))
+    assert costs.wire is not None
+    start, search = random_placement(seed, problem.slots_per_gpu, 2, 8), _search(problem, budget=300)
+    better, tail = improve_joint(costs, start, search)[0], improve_joint_tail(costs, start, 0.5, search)
+    for placement in (start, better, tail):
+        values = step_values(problem, placement)
+        assert joint_values(costs, placement, search) == pytest.approx(values, rel=1e-5)
+    assert step_values(problem, better).mean() <= step_values(problem, start).mean() * (1 + 1e-6)
+
+
+def test_a_copies_cap_is_kept_and_weighed_against_the_tail() -> None:
+    """Fewer copies than the balanced placement has, at more load; none that cannot be; only with load and tokens."""
+    problem = _problem(11, layers=2, experts=8, topology="scale-up:4", risk="p99", batches=60, tokens=400)
+    free = solve(problem, "saa", BRIEF).placement
+    assert free is not None
+    cap = copies_per_token(problem.stats, free, problem.topology) * 0.97
+    capped = problem.replace(copies_cap=cap)
+    answer = solve(capped, "saa", BRIEF)
+    assert answer.placement is not None
+    assert copies_per_token(problem.stats, answer.placement, problem.topology) <= cap
+    assert solve(capped, "auto", BRIEF).objective <= answer.objective
+    with pytest.raises(InfeasibleError, match="need 2 GPUs"):
+        solve(_problem(0, top_k=2, slots_per_gpu=[1] * 6, topology="scale-up:6").replace(copies_cap=1.5), "saa")
+    balanced = solve(problem.replace(copies_cap=1.0001), "saa", BRIEF)
+    assert balanced.placement is None
+    assert any("no placement within the cap" in note for note in balanced.notes)
+    for wrong in ({"copies_cap": 0.5}, {"copies_cap": 1.5, "objective": "step-time"}):
+        with pytest.raises(ProblemError):
+            problem.replace(**wrong)
+
+
 @pytest.mark.parametrize("redundant", [0, 2])
 def test_swaps_lower_the_mean_to_the_optimum_of_a_small_layer(redundant: int) -> None:
     """Never worse than the start; without copies, the best of all placements is found."""
@@ -141,7 +212,7 @@ def test_the_tail_is_lowered_where_it_is_asked_for() -> None:
     problem = _problem(5, layers=3, experts=8, topology="scale-up:4", risk="cvar95", batches=60)
     start = solve(problem, "linear").placement
     assert start is not None
-    found = improve_tail(StepTables.of(problem), start, 1.0, _search(problem, budget=3000))
+    found = improve_joint_tail(Costs(StepTables.of(problem), None), start, 1.0, _search(problem, budget=3000))
     assert cvar(step_values(problem, found)) < cvar(step_values(problem, start))
 
 
@@ -154,7 +225,8 @@ def test_caps_hold_and_copies_stay_apart() -> None:
     cap = start.gpu_load(load).max(axis=1) * 1.02
     for found in (
         improve_mean(StepTables.of(problem), start, np.full(40, 1 / 40), _search(problem, cap=cap)),
-        improve_tail(StepTables.of(problem), start, 0.5, _search(problem, cap=cap)),
+        improve_joint_tail(Costs(StepTables.of(problem), None), start, 0.5, _search(problem, cap=cap)),
+        improve_joint(Costs(StepTables.of(problem), None), start, _search(problem, cap=cap))[0],
     ):
         assert (found.gpu_load(load).max(axis=1) <= cap * (1 + 1e-9)).all()
         assert not found.duplicates()
@@ -171,7 +243,10 @@ def test_compiled_loops_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
             with monkeypatch.context() as patch:
                 patch.setattr("moeplace.sampled.improve.COMPILE_FROM", limit)
                 mean = improve_mean(StepTables.of(problem), start, np.full(40, 1 / 40), _search(problem))
-                tail = improve_tail(StepTables.of(problem), mean, 0.5, _search(problem))
+                patch.setattr("moeplace.sampled.joint.COMPILE_FROM", limit)
+                patch.setattr("moeplace.sampled.tokens.COMPILE_FROM", limit)
+                costs = Costs(StepTables.of(problem), Wire.of(problem, np.arange(40), price=0.01))
+                tail = improve_joint_tail(costs, mean, 0.5, _search(problem))
                 found.append((mean.digest(), tail.digest()))
         assert found[0] == found[1]
     assert kernels.compiled_mean() is kernels.compiled_mean()
@@ -232,3 +307,8 @@ def test_the_command_line_draws_steps(shell: Shell) -> None:
     assert done.json["provenance"]["solver"] in ("saa", "balance", "eplb", "linear")
     assert done.json["bound"] <= done.json["objective"]["value"]
     shell.fails("solve t.npz -t scale-up:4 --risk p99 --objective copies", "risk p99 of copies")
+    capped = "solve t.npz -t scale-up:4 --objective load --risk-batches 40 --work 0.01 --json --copies-cap"
+    plain = "solve t.npz -t scale-up:4 --objective load --risk-batches 40 --solver eplb --json"
+    told = shell(plain).json["terms"]["copies_per_token_gpu"]["value"]
+    assert shell(f"{capped} eplb-1%").json["terms"]["copies_per_token_gpu"]["value"] <= told * 0.99 + 1e-9
+    shell.fails(f"{capped} eplb-x", "eplb-6%")

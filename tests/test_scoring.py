@@ -12,7 +12,7 @@ from strategies import cut, make_trace, random_placement, slow_topology, small_m
 from moeplace.affinity import count_routing
 from moeplace.errors import InputError, ProblemError
 from moeplace.metrics import max_over_mean, traffic_metrics
-from moeplace.scoring import counts_law, law_for, score, scores_to_dict
+from moeplace.scoring import counts_law, excess_removed, law_for, score, scores_to_dict
 from moeplace.simulate import simulate_counts
 from moeplace.tails import summarise
 from moeplace.topology import Topology
@@ -50,6 +50,7 @@ def test_the_document_has_the_contracts_keys(small_trace: Trace) -> None:
             "per_layer",
             "link_utilisation",
             "bottlenecks",
+            "excess_removed",
         }
         assert set(entry["batch"]) == {"requests", "tokens", "batches", "seed", "arrival"}
         assert list(entry["step_time_us"]) == ["mean", "p50", "p95", "p99", "cvar95"]
@@ -173,3 +174,16 @@ def test_a_better_network_scores_better() -> None:
         for one, other in zip(plain, better, strict=True):
             for name, estimate in one.simulation.summary.items():
                 assert other.simulation.summary[name].value <= estimate.value + 1e-9
+
+
+def test_the_share_of_the_excess_removed_is_against_the_first() -> None:
+    """None of its own; as much as the load falls, over what lies above the noise floor; in the document of several."""
+    trace = make_trace(2, tokens=300, layers=2, experts=6, top_k=2)
+    places = {"one": ONE, "two": random_placement(7, [3, 3], 2, 6)}
+    one, two = score(trace, places, PLACE, MODEL, batches=40, phase="decode", requests=4)
+    assert set(excess_removed(one, one)["step_max_over_mean"].values()) <= {0.0, None}
+    above, ours = (entry.simulation.step_max_over_mean.mean() - one.simulation.noise_floor for entry in (one, two))
+    told = scores_to_dict([one, two])["scores"][1]["excess_removed"]
+    assert told["against"] == "one"
+    expected = (above - ours) / above if above > 0 else None
+    assert told["step_max_over_mean"]["mean"] == (None if expected is None else pytest.approx(expected, abs=1e-8))

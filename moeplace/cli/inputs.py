@@ -66,6 +66,7 @@ def choices_of(options: dict[str, Any]) -> Choices:
         copies_level=options.get("copies_level") or "gpu",
         whole_model=options.get("equal_experts") == "model",
         load_cap=options.get("load_cap"),
+        copies_cap=options.get("copies_cap"),
         phase=options.get("phase"),
         batch_requests=options.get("batch_requests"),
         batch_tokens=options.get("batch_tokens"),
@@ -74,6 +75,10 @@ def choices_of(options: dict[str, Any]) -> Choices:
         arrival=options.get("arrival"),
         baseline=baseline,
         routing=options.get("routing"),
+        max_moves=options.get("max_moves"),
+        max_moved_bytes=options.get("max_moved_bytes"),
+        max_moved_bytes_per_gpu=options.get("max_moved_bytes_per_gpu"),
+        horizon_steps=options.get("horizon_steps"),
     )
 
 

@@ -69,6 +69,19 @@ class Portion(click.ParamType):  # type: ignore[type-arg] # generic since click 
         return share
 
 
+class Size(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
+    """Bytes, written ``500MB``, ``2GB`` or ``1.5GiB``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read a size in bytes."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", str(value))
+        if not match or (match[3] and not match[2]):
+            self.fail(f"{value!r} is not a size: write 500MB, 2GB or 1.5GiB", param, ctx)
+        return float(match[1]) * float((1024 if match[3] else 1000) ** " kMGT".index(match[2] or " "))
+
+
 class Requirement(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
     """``optimal``, or the largest gap that will do."""
 
@@ -293,6 +306,22 @@ def goal(command: Command) -> Command:
         option("--slots-per-gpu", type=Whole(1), help="Slots of each GPU in every layer."),
         option("--num-groups", type=Whole(1), help="Expert groups of hierarchical EPLB; default: the model's."),
         option("--num-redundant-experts", type=Whole(0), help="Extra slots per layer, in total over all GPUs."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def moves(command: Command) -> Command:
+    """Add limits on what moves from the baseline."""
+    for decorate in (
+        option(
+            "--horizon-steps",
+            type=Whole(1),
+            help="With --baseline: steps over which the time of moving must repay itself, as part of the step time.",
+        ),
+        option("--max-moved-bytes-per-gpu", type=Size(), help="With --baseline: weights any GPU may load: 500MB, 2GB."),
+        option("--max-moved-bytes", type=Size(), help="With --baseline: weights that may be loaded in all."),
+        option("--max-moves", type=Portion(), help="With --baseline: copies that may move, a number or a share: 10%."),
     ):
         command = decorate(command)
     return command

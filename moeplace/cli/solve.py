@@ -28,14 +28,20 @@ from moeplace.cli.options import (
     constants,
     goal,
     hardware,
+    moves,
     option,
     routing_choice,
     threads,
     trace_input,
 )
+from moeplace.cli.watch import watch_trace
 
 if TYPE_CHECKING:
+    from moeplace.build import Choices
+    from moeplace.problem import Problem
+    from moeplace.report import SolveLog
     from moeplace.solution import Limits, Solution
+    from moeplace.trace import Counts, TraceStream
 
 EPILOG = """\b
 Examples:
@@ -44,14 +50,20 @@ Examples:
   moeplace solve trace.npz -t scale-out:2x4 --solver moetuner --time-limit 2m
   moeplace solve trace.npz --baseline old.json --require 5% -o new.json
   moeplace solve trace.npz --slots-per-gpu 5 --objective copies --routing fewest-gpus --load-cap 1.05 -o few.json
+  moeplace solve trace.npz --baseline old.json --max-moves 10% --horizon-steps 100000 -o near.json
+  moeplace solve grows.jsonl --baseline now.json --horizon-steps 100000 --watch 5m -o next.json
   moeplace solve trace.npz -t scale-out:2x4 --dataflow context-coherent --pareto -o best.json
   moeplace solve trace.npz --risk p99 --batch-requests 32 --fit half:0 -o steady.json
+  moeplace solve trace.npz --objective load --risk p99 --copies-cap eplb-6% -o both.json
+  moeplace solve monday.npz sunday.npz --robust --objective load -o any-day.json
+  moeplace solve trace.npz --risk p99 --objective load --validate
   zcat trace.jsonl.gz | moeplace solve - --objective load > placement.json
 """
 
 
 @click.command("solve", epilog=EPILOG)
 @trace_input
+@click.argument("others", nargs=-1, type=click.Path(exists=True))
 @hardware
 @goal
 @option(
@@ -64,6 +76,11 @@ Examples:
     "--risk-batches",
     type=Whole(4),
     help="Steps to draw for --risk [default: 1000]; with mean, their mean.",
+)
+@option(
+    "--copies-cap",
+    metavar="X|eplb-6%",
+    help="With --objective load: hard cap on copies per token, a number or so much less than EPLB's placement has.",
 )
 @option(
     "--solver",
@@ -87,6 +104,17 @@ Examples:
 @option("--seed", type=Whole(0), default=0, help="Random seed.")
 @routing_choice("even")
 @option("--pareto", is_flag=True, help="Sweep the load cap, show the front, and return its least step time.")
+@option(
+    "--robust",
+    is_flag=True,
+    help="Choose for the worst of several traces, or of a trace's domains, by what methods lose on one left out.",
+)
+@option(
+    "--robust-radius",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    help="With --robust: how far the mixture may be from equal parts: 1 any one alone, 0 equal parts.",
+)
 @option("--fit", metavar="SPLIT", help="Fit on a part of the trace: half:SEED, domain:NAME,… or time:FRACTION.")
 @option(
     "--homes",
@@ -94,6 +122,9 @@ Examples:
     help="Rename GPUs for servers that give a request the rank its first N (64) tokens visit most: affinity:N.",
 )
 @option("--baseline", type=click.Path(allow_dash=True), help="The placement now deployed, to count moves from.")
+@moves
+@option("--watch", type=Duration(), help="Look this often whether the trace has grown: 30s, 5m; ends by Ctrl-C.")
+@option("--watch-rounds", type=Whole(1), help="With --watch: end after so many looks.")
 @option("--format", "output_format", metavar="NAME", default="native", help="Placement format (moeplace list formats).")
 @option("--output", "-o", type=click.Path(allow_dash=True), help="Where the placement goes; default: standard output.")
 @option(
@@ -101,12 +132,17 @@ Examples:
     type=Requirement(),
     help="Exit with code 5 unless the answer is 'optimal', or has at most this gap (1%).",
 )
+@option(
+    "--validate",
+    is_flag=True,
+    help="Write no placement: fit and test on splits, on a trace without affinity, and on less of the trace.",
+)
 @option("--dry-run", is_flag=True, help="Read and check everything, print the assumptions, solve nothing.")
 @batch_law
 @constants
 @threads
 @common
-def solve_command(trace: str, output: str | None, fit: str | None, **options: Any) -> int:
+def solve_command(trace: str, others: tuple[str, ...], output: str | None, fit: str | None, **options: Any) -> int:
     """Choose where experts live.
 
     TRACE is a file of routed tokens or of expert counts, or - for standard input; gzip and zstd are recognised. The
@@ -127,10 +163,11 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
         write_placement,
     )
     from moeplace.exporters.native import document_of
+    from moeplace.feasible import check_cap
     from moeplace.files import atomic_output
     from moeplace.front import trace_front
     from moeplace.report import SolveLog
-    from moeplace.solvers import check_cap, load_solver, solve
+    from moeplace.solvers import load_solver
     from moeplace.soundness import count_and_doubt
 
     check_paths([trace, options["baseline"]], output, keep=[trace])
@@ -140,6 +177,10 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
             load_solver(name)
     if options["pareto"] and options["objective"] != "step-time":
         raise click.UsageError(f"--pareto chooses by predicted step time: leave out --objective {options['objective']}")
+    if others and not options["robust"]:
+        raise click.UsageError(f"one trace, not {1 + len(others)}: several are for --robust")
+    if options["watch"] is not None or options["validate"]:
+        return (_validate if options["validate"] else _watch)(trace, output, fit, options)
     quiet = options["quiet"]
     to_stdout = output is None and (options["as_json"] or quiet or not sys.stdout.isatty())
     target = "-" if to_stdout else output
@@ -172,7 +213,7 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
                 front, solution = trace_front(problem, options["solver"], limits, log)
                 log.front(front)
             else:
-                solution = solve(problem, options["solver"], limits, log)
+                problem, solution = _solution(problem, choices, source, limits, log, (trace, others, options))
         if options["homes"]:
             test = open_source(trace, options, split=fit, part="test") if fit else None
             solution = cohost(problem, solution, options["homes"], source, test)
@@ -191,6 +232,59 @@ def solve_command(trace: str, output: str | None, fit: str | None, **options: An
             load_exporter(DEFAULT).write(document, sys.stdout.buffer, Target())
     _check_requirement(solution, options["require"])
     return EXIT_INTERRUPTED if limits.stop.is_set() else 0
+
+
+def _solution(
+    problem: Problem,
+    choices: Choices,
+    source: TraceStream | Counts,
+    limits: Limits,
+    log: SolveLog,
+    asked: tuple[str, tuple[str, ...], dict[str, Any]],
+) -> tuple[Problem, Solution]:
+    """Solve, for one trace or for the worst of several."""
+    from moeplace.robust import solve_robust
+    from moeplace.solvers import solve
+
+    trace, others, options = asked
+    if not options["robust"]:
+        return problem, solve(problem, options["solver"], limits, log)
+    if options["solver"] != "auto":
+        raise click.UsageError("--robust chooses the solver: leave out --solver")
+    sources = {trace: source}
+    for number, other in enumerate(others, 2):
+        sources[other if other not in sources else f"{other} ({number})"] = open_source(other, options)
+    problem, solution, _ = solve_robust(sources, choices, limits, log, radius=options["robust_radius"])
+    return problem, solution
+
+
+def _validate(trace: str, output: str | None, fit: str | None, options: dict[str, Any]) -> int:
+    from moeplace.report import SolveLog, console, say, write_json, write_table
+    from moeplace.validation import validate
+
+    if output is not None:
+        raise click.UsageError("--validate writes no placement: leave out -o")
+    choices, limits = replace(choices_of(options), risk_batches=options["risk_batches"]), _limits(options)
+    log = SolveLog(shown=not options["quiet"] and (options["verbose"] or sys.stderr.isatty()))
+    with _stop_on_interrupt(limits.stop):
+        found = validate(open_source(trace, options, split=fit), choices, options["solver"], limits, log)
+    if options["as_json"]:
+        write_json(found.to_dict())
+    else:
+        write_table(found.rows(), right=range(1, 5))
+        say(found.sentence(), console())
+    return EXIT_INTERRUPTED if limits.stop.is_set() else 0
+
+
+def _watch(trace: str, output: str | None, fit: str | None, options: dict[str, Any]) -> int:
+    choices = replace(choices_of(options), risk_batches=options["risk_batches"])
+    limits = _limits(options)
+
+    def open_now() -> Any:
+        return open_source(trace, options, split=fit)
+
+    with _stop_on_interrupt(limits.stop):
+        return watch_trace(trace, choices, limits, options, open_now=open_now, output=output)
 
 
 def _show_plan(instance: Mapping[str, str], assumed: tuple[str, ...], noted: tuple[str, ...], *, as_json: bool) -> None:

@@ -6,7 +6,27 @@ average approximation, Kleywegt, Shapiro, Homem-de-Mello, SIAM J. Optim. 12, 200
 
 from __future__ import annotations
 
-from moeplace.sampled.improve import Search, improve_mean, improve_tail
+from moeplace.sampled.improve import Search, improve_mean
+from moeplace.sampled.joint import Costs, improve_joint, improve_joint_tail, joint_values
+from moeplace.sampled.relink import aligned, moving_value, relink
+from moeplace.sampled.starts import SLACKS, best_layers, few_copies, least_price
 from moeplace.sampled.tables import StepTables
+from moeplace.sampled.tokens import Wire
 
-__all__ = ["Search", "StepTables", "improve_mean", "improve_tail"]
+__all__ = [
+    "SLACKS",
+    "Costs",
+    "Search",
+    "StepTables",
+    "Wire",
+    "aligned",
+    "best_layers",
+    "few_copies",
+    "improve_joint",
+    "improve_joint_tail",
+    "improve_mean",
+    "joint_values",
+    "least_price",
+    "moving_value",
+    "relink",
+]

@@ -1,4 +1,4 @@
-"""Placements improved on sampled steps: layer by layer for the mean, all layers together for the tail."""
+"""Placements improved on the mean of sampled steps, layer by layer, spare slots passed on from expert to expert."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from moeplace.chains.instance import UNLIMITED
 from moeplace.frozen import Floats, Ints
 from moeplace.placement import EMPTY, Placement
-from moeplace.sampled.kernel import compiled_mean, compiled_tail, descend_and_kick, descend_tail
-from moeplace.sampled.tables import StepTables, layer_times
+from moeplace.sampled.kernel import SINGLE, compiled_mean, descend_and_kick
+from moeplace.sampled.tables import StepTables
 
 COMPILE_FROM = 2_000_000  # swaps times steps
 REPLICA_KICKS = 0.25  # of all kicks, where slots are spare
@@ -35,6 +35,8 @@ class Search:
         Of the kicks; threads do not change the result.
     stop
         Asked between layers.
+    moving
+        ``[layer, GPU, expert]`` cost of a copy there, beside the risk; None without.
     """
 
     load: Floats
@@ -45,9 +47,10 @@ class Search:
     seed: int
     threads: int
     stop: Callable[[], bool]
+    moving: Floats | None = None
 
 
-class _Layer:
+class LayerItems:
     """One layer's slots as items: the expert of each (-1 for none) and its GPU."""
 
     def __init__(self, slots: Ints, room: Ints, tables: StepTables, layer: int, load: Floats) -> None:
@@ -64,6 +67,11 @@ class _Layer:
     def copies(self) -> Ints:
         """``[expert]`` copies."""
         return np.bincount(self.expert[self.expert >= 0], minlength=len(self.load))
+
+    def codes(self) -> Ints:
+        """``[item]`` experts as the kernels take them."""
+        single = (self.expert >= 0) & (self.copies[np.maximum(self.expert, 0)] == 1)
+        return self.expert + single * SINGLE
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, Floats, Floats]:
         """``work``, ``usage``, ``load`` of items and ``busy`` of GPUs, as the kernels take them."""
@@ -107,15 +115,17 @@ def improve_mean(tables: StepTables, placement: Placement, weights: Floats, sear
     kernel = compiled_mean() if many else descend_and_kick
 
     def improve(layer: int) -> Ints:
-        state = _Layer(placement.slots[layer], search.room, tables, layer, search.load[layer])
+        state = LayerItems(placement.slots[layer], search.room, tables, layer, search.load[layer])
         if search.stop():
             return state.slots(placement.max_slots)
         word = np.array([(search.seed * 1_000_003 + layer + 1) * 0x9E3779B97F4A7C15 % 2**64 | 1], np.uint64)
         rng = np.random.default_rng([search.seed, layer])
         spare = len(state.expert) > len(state.load)
         rounds = max(1, round(REPLICA_KICKS * search.kicks)) if spare else 0
-        budget = search.budget // (rounds + 1)
-        best = _run(kernel, state, weights, search.cap[layer], search.kicks if not spare else 0, budget, word)
+        # half of the work goes to places, the rest to who has copies
+        budget = search.budget // (2 * rounds) if rounds else 0
+        first = search.budget - rounds * budget
+        best = _run(kernel, state, weights, search.cap[layer], search.kicks if not spare else 0, first, word)
         for _ in range(rounds):
             other = _recopied(state, rng)
             if other is None or search.stop():
@@ -130,16 +140,27 @@ def improve_mean(tables: StepTables, placement: Placement, weights: Floats, sear
     return Placement(slots=np.stack(slots), num_experts=placement.num_experts)
 
 
+def finite_cap(cap: float) -> float:
+    """Return a cap that arithmetic can go by, where there may be none."""
+    return float(cap) if np.isfinite(cap) else UNLIMITED
+
+
 def _run(
-    kernel: Callable[..., float], state: _Layer, weights: Floats, cap: float, kicks: int, budget: int, word: np.ndarray
+    kernel: Callable[..., float],
+    state: LayerItems,
+    weights: Floats,
+    cap: float,
+    kicks: int,
+    budget: int,
+    word: np.ndarray,
 ) -> float:
     work, usage, load, busy = state.arrays()
-    top = cap if np.isfinite(cap) else UNLIMITED
-    value = kernel(work, state.where, state.expert, usage, weights, load, busy, top, kicks, budget, word)
+    top = finite_cap(cap)
+    value = kernel(work, state.where, state.codes(), usage, weights, load, busy, top, kicks, budget, word)
     return value if busy.max() <= top * (1 + 1e-9) else np.inf
 
 
-def _recopied(state: _Layer, rng: np.random.Generator) -> _Layer | None:
+def _recopied(state: LayerItems, rng: np.random.Generator) -> LayerItems | None:
     """Return the layer with one slot passed on: a copy too many, or an empty slot, becomes a copy of another expert."""
     copies = state.copies
     given = np.flatnonzero((state.expert < 0) | (copies[np.maximum(state.expert, 0)] > 1))
@@ -151,39 +172,8 @@ def _recopied(state: _Layer, rng: np.random.Generator) -> _Layer | None:
     chance[held[held >= 0]] = 0.0
     if not chance.sum() > 0:
         return None
-    other = object.__new__(_Layer)
+    other = object.__new__(LayerItems)
     other.tables, other.layer, other.load, other.gpus = state.tables, state.layer, state.load, state.gpus
     other.where, other.expert = state.where.copy(), state.expert.copy()
     other.expert[item] = int(rng.choice(len(chance), p=chance / chance.sum()))
     return other
-
-
-def improve_tail(tables: StepTables, placement: Placement, mix: float, search: Search) -> Placement:
-    """Lower ``(1 - mix)·mean + mix·CVaR95`` of the steps' times, which are sums over layers, by swaps of copies.
-
-    Conditional value at risk as the mean of the worst 5 % (Rockafellar and Uryasev 2002). Complexity: O(budget ·
-    layers · batches).
-    """
-    layers = placement.num_layers
-    states = [_Layer(placement.slots[layer], search.room, tables, layer, search.load[layer]) for layer in range(layers)]
-    parts = [state.arrays() for state in states]
-    work, usage, load, busy = (np.stack(column) for column in zip(*parts, strict=True))
-    where, expert = np.stack([s.where for s in states]), np.stack([s.expert for s in states])
-    times = np.stack([layer_times(one) for one in usage])
-    cap = np.where(np.isfinite(search.cap), search.cap, UNLIMITED)
-    batches = times.shape[1]
-    proposals = search.budget * layers
-    kernel = compiled_tail() if proposals * batches >= COMPILE_FROM else descend_tail
-    count = max(1, round(TAIL * batches))
-    word = np.array([(search.seed * 7_919 + 17) * 0x9E3779B97F4A7C15 % 2**64 | 1], np.uint64)
-    with np.errstate(over="ignore"):
-        turn = max(1, proposals // 20)
-        for _ in range(20):
-            if search.stop():
-                break
-            kernel(work, where, expert, usage, times, load, busy, cap, mix, count, turn, word)
-    slots = []
-    for layer, state in enumerate(states):
-        state.where = where[layer]
-        slots.append(state.slots(placement.max_slots))
-    return Placement(slots=np.stack(slots), num_experts=placement.num_experts)

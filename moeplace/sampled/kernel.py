@@ -16,6 +16,7 @@ from moeplace.counting import compile_kernel
 
 LEAST_GAIN = 1e-7  # of the value
 TOP = 3
+SINGLE = 1 << 20  # added to the number of an expert that has one copy: no other can meet it
 
 
 @functools.cache
@@ -23,14 +24,6 @@ def compiled_mean() -> Callable[..., Any]:
     """Return the compiled :func:`descend_and_kick`."""
     return compile_kernel(
         descend_and_kick, _descend, _forbidden, _change, _swap, _retop, _insert, _group_value, _next, _busiest_beside
-    )
-
-
-@functools.cache
-def compiled_tail() -> Callable[..., Any]:
-    """Return the compiled :func:`descend_tail`."""
-    return compile_kernel(
-        descend_tail, _risk, _forbidden, _new_times, _swap, _retop, _insert, _group_value, _next, _busiest_beside
     )
 
 
@@ -142,11 +135,13 @@ def _forbidden(first: int, second: int, where: Any, expert: Any, load: Any, busy
     moved = load[second] - load[first]
     if (moved > 0 and busy[g] + moved > cap) or (moved < 0 and busy[h] - moved > cap):
         return True
+    if (e < 0 or e >= SINGLE) and (f < 0 or f >= SINGLE):
+        return False
     for other in range(len(where)):
         if other != first and other != second:
-            if e >= 0 and expert[other] == e and where[other] == h:
+            if expert[other] == e and e >= 0 and where[other] == h:
                 return True
-            if f >= 0 and expert[other] == f and where[other] == g:
+            if expert[other] == f and f >= 0 and where[other] == g:
                 return True
     return False
 
@@ -202,55 +197,3 @@ def _next(word: Any) -> int:
     x ^= x << np.uint64(17)
     word[0] = x
     return int(x >> np.uint64(33))
-
-
-def descend_tail(
-    work: Any, where: Any, expert: Any, usage: Any, times: Any, load: Any, busy: Any, cap: Any, mix: float, count: int,
-    proposals: int, word: Any,
-) -> float:  # fmt: skip
-    """Improve ``(1 - mix)·mean + mix·(mean of the worst count steps)`` of the sums over layers by random swaps.
-
-    All arrays have a layer in front; ``times`` [layer, batch] are the layers' times and end as they are in the result.
-    """
-    layers, items = where.shape
-    batches = times.shape[1]
-    groups = 1 if usage.shape[2] == 1 else 2
-    top, who = np.zeros((layers, groups, TOP, batches), np.float32), np.zeros((layers, groups, TOP, batches), np.int16)
-    total = np.zeros(batches)
-    for layer in range(layers):
-        _retop(usage[layer], top[layer], who[layer])
-        total += times[layer]
-    value = _risk(total, mix, count)
-    new = np.zeros(batches)
-    for _ in range(proposals):
-        layer = _next(word) % layers
-        first, second = _next(word) % items, _next(word) % items
-        if _forbidden(first, second, where[layer], expert[layer], load[layer], busy[layer], cap[layer]):
-            continue
-        _new_times(first, second, work[layer], where[layer], usage[layer], (top[layer], who[layer]), new)
-        proposed = total - times[layer] + new
-        now = _risk(proposed, mix, count)
-        if now < value - LEAST_GAIN * value:
-            _swap(first, second, work[layer], where[layer], usage[layer], load[layer], busy[layer])
-            _retop(usage[layer], top[layer], who[layer])
-            times[layer] = new
-            total, value = proposed, now
-    return value
-
-
-def _new_times(first: int, second: int, work: Any, where: Any, usage: Any, busiest: Any, new: Any) -> None:
-    """Times of a layer after two items swap."""
-    top, who = busiest
-    g, h = where[first], where[second]
-    for b in range(len(new)):
-        new[b] = 0.0
-        for group in range(top.shape[0]):
-            value = _group_value(first, second, g, h, work, usage, group, b)
-            new[b] += max(value, _busiest_beside(g, h, top, who, group, b))
-
-
-def _risk(total: Any, mix: float, count: int) -> float:
-    """Mean, and mean of the worst ``count``, mixed."""
-    batches = len(total)
-    ordered = np.partition(total, batches - count)
-    return float((1 - mix) * total.mean() + mix * ordered[batches - count :].mean())

@@ -33,12 +33,22 @@ class StepTables:
         µs of the busiest port for each row.
     shared
         ``(memory, arithmetic)`` µs of the shared experts of a GPU.
+    expected
+        Whether rows are means of Poisson numbers, not numbers.
     """
 
     rows: np.ndarray
     compute: ExpertCompute | None
     port_us: float
     shared: tuple[float, float]
+    expected: bool = False
+
+    @classmethod
+    def of_mean(cls, problem: Problem) -> StepTables:
+        """Return the one step that has the mean rows of every expert, each copy's number of rows a Poisson one."""
+        rows = problem.stats.selections_per_token * problem.law.step_tokens
+        compute, shared = _compute_of(problem)
+        return cls(np.ascontiguousarray(rows[:, :, None], np.float32), compute, port_us(problem), shared, True)
 
     @classmethod
     def of(cls, problem: Problem) -> StepTables:
@@ -50,10 +60,8 @@ class StepTables:
             mean = rows.sum(axis=1, keepdims=True) / problem.num_gpus
             ratio = np.divide(rows, mean, out=np.zeros_like(rows), where=mean > 0)
             return cls(ratio / len(rows), None, 0.0, (0.0, 0.0))
-        compute = ExpertCompute.of(problem.model, problem.topology.accelerator, problem.law.phase)
-        home = problem.law.step_tokens / problem.num_gpus
-        tiles = np.ceil(home / compute.tile_rows) * compute.tile_rows
-        return cls(rows, compute, port_us(problem), (compute.shared_weight_us, tiles * compute.shared_row_us))
+        compute, shared = _compute_of(problem)
+        return cls(rows, compute, port_us(problem), shared)
 
     def part(self, batches: Ints) -> StepTables:
         """Return the tables of some steps alone."""
@@ -81,8 +89,11 @@ class StepTables:
         if self.compute is None:
             return np.ascontiguousarray(rows[:, None, :], np.float32)
         one = self.compute
-        memory = np.minimum(rows, 1.0) * one.weight_us
-        arithmetic = np.ceil(rows / one.tile_rows) * (one.tile_rows * one.row_us)
+        if self.expected:
+            memory, arithmetic = one.expected_copy_us(rows)
+        else:
+            memory = np.minimum(rows, 1.0) * one.weight_us
+            arithmetic = np.ceil(rows / one.tile_rows) * (one.tile_rows * one.row_us)
         return np.ascontiguousarray(np.stack([memory, arithmetic, rows * self.port_us], axis=1), np.float32)
 
     def base(self, gpus: int) -> np.ndarray:
@@ -91,6 +102,13 @@ class StepTables:
         if self.compute is not None:
             base[:, 0], base[:, 1] = self.shared
         return base
+
+
+def _compute_of(problem: Problem) -> tuple[ExpertCompute, tuple[float, float]]:
+    """Cost constants, and memory and arithmetic µs of a GPU's shared experts."""
+    compute = ExpertCompute.of(problem.model, problem.topology.accelerator, problem.law.phase)
+    tiles = np.ceil(problem.law.step_tokens / problem.num_gpus / compute.tile_rows) * compute.tile_rows
+    return compute, (compute.shared_weight_us, tiles * compute.shared_row_us)
 
 
 def port_us(problem: Problem) -> float:

@@ -16,11 +16,12 @@ from importlib import metadata
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from moeplace.bounds import load_floor, objective_bound
-from moeplace.errors import InfeasibleError, InputError, SolverError, unknown_name
+from moeplace.errors import InputError, SolverError, unknown_name
+from moeplace.feasible import check_cap, keeps_caps, over_cap, over_copies
 from moeplace.metrics import cross_shares, max_over_mean
+from moeplace.migration import check_moves
 from moeplace.network import KERNEL_OF_PHASE, NORMAL
 from moeplace.objective import UNITS, Term, load_ratio, objective_value, terms
 from moeplace.packing.eplb import balance_global, slots_without_copies
@@ -28,6 +29,7 @@ from moeplace.partitions import MAX_DIVISIONS, num_divisions
 from moeplace.placement import Placement
 from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, LOAD, STEP_TIME, Problem
 from moeplace.routing import FEWEST
+from moeplace.sampled import aligned, relink
 from moeplace.solution import Limits, Report, Solution, Status, StopReason
 from moeplace.tails import MEAN
 
@@ -108,7 +110,8 @@ def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
         return (Candidate("linear"), Candidate("search")), "traffic between GPUs: annealed, and bounded"
     if problem.is_sampled and not problem.whole_model:
         tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance"), Candidate("saa")]
-        return tuple(tried), f"{problem.risk} over steps drawn from the trace"
+        why = "" if problem.copies_cap is None else ", with few copies per token"
+        return tuple(tried), f"{problem.risk} over steps drawn from the trace{why}"
     if problem.objective == STEP_TIME and problem.dataflow == CONTEXT_COHERENT and not problem.whole_model:
         tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance"), Candidate("search")]
         return tuple(tried), "tokens move between experts: work of GPUs and traffic weighed against each other"
@@ -176,9 +179,37 @@ def solve(problem: Problem, solver: str = AUTO, limits: Limits | None = None, re
     limits, report = limits or Limits(), report or Report()
     check_cap(problem)
     floor = objective_bound(problem)
+    if problem.baseline is not None:
+        return _solve_moving(problem, solver, limits, report, floor)
     if solver == AUTO:
         return _solve_auto(problem, limits, report, floor)
     return _solve_chain(problem, tuple(solver.split("+")), limits, report, floor)
+
+
+def _solve_moving(problem: Problem, solver: str, limits: Limits, report: Report, floor: float) -> Solution:
+    """Solve without limits on moves, name GPUs as in the baseline, and go there as far as the limits let."""
+    free = solve(problem.replace(baseline=None, moves=None), solver, limits, report)
+    if free.placement is None:
+        return free
+    placement, notes = aligned(problem, free.placement), free.notes
+    status, bound = free.status, free.bound
+    if problem.moves is not None:
+        report.stage("moves", "as far towards it as the limits on moves let, swaps with the most gain a copy first")
+        placement = relink(problem, placement, limits)
+        value = objective_value(problem, placement)
+        now = objective_value(problem, problem.baseline) if problem.baseline is not None else value
+        won = "all" if now <= free.objective else f"{(now - value) / (now - free.objective):.0%}"
+        notes = (
+            *notes,
+            f"the baseline's objective is {now:,.4f}, that of a free re-solve {free.objective:,.4f}: within the limits "
+            f"on moves {won} of that gain is kept",
+        )
+        status, bound = Status.FEASIBLE, floor
+    changed = free.replace(
+        placement=placement, objective=objective_value(problem, placement), status=status, bound=bound, notes=notes,
+        stop_reason=free.stop_reason if status is free.status else StopReason.EXHAUSTED,
+    )  # fmt: skip
+    return finish(problem, changed, floor)
 
 
 def _solve_auto(problem: Problem, limits: Limits, report: Report, floor: float) -> Solution:
@@ -191,7 +222,7 @@ def _solve_auto(problem: Problem, limits: Limits, report: Report, floor: float) 
             report.stage(str(candidate), load_solver(candidate.name).DESCRIPTION)
             tried.append((candidate, _try(problem, candidate, limits, report, floor)))
     found = [entry for entry in tried if entry[1].placement is not None]
-    within = [entry for entry in found if not _over_cap(problem, entry[1].placement).any()]
+    within = [entry for entry in found if keeps_caps(problem, entry[1].placement)]
     chosen, best = min(within or found or tried[:1], key=lambda entry: entry[1].objective)
     note = f"auto tried {', '.join(str(candidate) for candidate, _ in tried)}; {chosen} is best ({why})"
     return finish(problem, best.replace(notes=(*best.notes, note), history=tuple(report.history)), floor)
@@ -237,24 +268,6 @@ def _solve_chain(problem: Problem, names: Sequence[str], limits: Limits, report:
         raise SolverError("no solver was named")
     notes = (*answer.notes, *ignored)
     return finish(problem, answer.replace(solver="+".join(names), notes=notes, history=tuple(report.history)), floor)
-
-
-def check_cap(problem: Problem) -> None:
-    """Raise :class:`InfeasibleError` where the load cap of a layer is below its certified floor."""
-    if problem.load_cap is None:
-        return
-    floor = load_floor(problem)
-    layers = np.flatnonzero(problem.load_cap < floor * (1 - TOLERANCE))
-    if layers.size:
-        shown = ", ".join(
-            f"layer {problem.stats.meta.layer_ids[i]} (cap {problem.load_cap[i]:.4f}, floor {floor[i]:.4f})"
-            for i in layers[:8]
-        )
-        raise InfeasibleError(
-            f"the load cap is below the certified floor in {layers.size} of {problem.num_layers} layers: {shown}",
-            rule="no placement has a max/mean GPU load below the floor",
-            hint="raise --load-cap or add redundant experts",
-        )
 
 
 def _check_options(solver: str, names: Sequence[str], limits: Limits) -> None:
@@ -338,24 +351,21 @@ def _captured(problem: Problem, value: float, bound: float) -> float | None:
     return (eplb - value) / (eplb - bound) if eplb - bound > TOLERANCE else None
 
 
-def _over_cap(problem: Problem, placement: Placement | None) -> npt.NDArray[np.bool_]:
-    """``[layer]`` whether a placement exceeds the load cap."""
-    if problem.load_cap is None or placement is None:
-        return np.zeros(problem.num_layers, bool)
-    over: npt.NDArray[np.bool_] = load_ratio(problem, placement) > problem.load_cap * (1 + TOLERANCE)
-    return over
-
-
 def finish(problem: Problem, answer: Solution, floor: float) -> Solution:
     """Verify an answer, and complete it: bound not below ``floor``, every term, a status that the numbers bear out."""
     if answer.placement is None:
         return answer
     value = verify(problem, answer)
-    over = _over_cap(problem, answer.placement)
+    over = over_cap(problem, answer.placement)
     if over.any():
         layer = problem.stats.meta.layer_ids[int(np.argmax(over))]
         note = f"{answer.solver} exceeds the load cap in {int(over.sum())} layers, first layer {layer}"
         return answer.replace(placement=None, status=Status.UNKNOWN, notes=(*answer.notes, note), bound=None)
+    if over_copies(problem, answer.placement):
+        note = f"{answer.solver} found no placement within the cap of {problem.copies_cap:.4f} copies per token"
+        return answer.replace(placement=None, status=Status.UNKNOWN, notes=(*answer.notes, note), bound=None)
+    if (broken := check_moves(problem, answer.placement)) is not None:
+        raise SolverError(f"{answer.solver}: {broken}", rule="limits on moves are hard")
     bound = min(value, floor if answer.bound is None else max(floor, answer.bound))
     proven = value - bound <= TOLERANCE * max(1.0, value)
     notes, sample = answer.notes, problem.stats.sample
