@@ -88,7 +88,7 @@ if name == "tinymoe":
     trace = open_trace("traces/tinymoe_8x32_top4.npz")
 else:
     spec = load_model(name)
-    trace = synthesise(spec, SynthSpec.of_model(spec), tokens=20_000, seed=seed)
+    trace = synthesise(spec, SynthSpec.of_model(spec), tokens=8_000, seed=seed)
 prompt, answer = (select(trace, phase=phase) for phase in ("prefill", "decode"))
 law = dict(topology="scale-up:8", model=model)
 def problem_of(part, redundant=0):
