@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,8 @@ class Row:
         Largest relative gap (None where a bound is missing), and mean wall time of solving.
     best
         Measures in which this solver is the best and its interval lies below all others'.
+    facts
+        Means of what the trials tell of load, traffic, memory and moves (:class:`~moeplace.trials.Outcome`).
     """
 
     place: Place
@@ -62,6 +64,7 @@ class Row:
     worst_gap: float | None
     solve_s: float
     best: tuple[str, ...] = ()
+    facts: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values, without the time of solving, which differs between equal runs."""
@@ -77,6 +80,7 @@ class Row:
             "excess_over_noise_floor": _estimate(self.excess),
             "worst_gap": _rounded(self.worst_gap),
             "best": list(self.best),
+            "facts": {name: _rounded(value) for name, value in self.facts.items()},
         }
 
 
@@ -118,7 +122,13 @@ def _row(
         excess=_plain(times.excess for _, times in tried),
         worst_gap=max(gaps) if len(gaps) == len(tried) else None,
         solve_s=float(np.mean([outcome.solve_s for outcome, _ in tried])),
+        facts=_mean_facts([outcome.facts for outcome, _ in tried]),
     )
+
+
+def _mean_facts(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    known = [name for name in told[0] if all(name in facts for facts in told)]
+    return {name: float(np.mean([facts[name] for facts in told])) for name in known}
 
 
 def _plain(values: Iterable[float]) -> Estimate:

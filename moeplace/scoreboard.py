@@ -105,6 +105,40 @@ def comparison_rows(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
     return [(f"{place}, {plural(seeds[place], 'seed')}", table) for place, table in tables.items()]
 
 
+SUITE_FACTS = {
+    "load std": "load_std",
+    "cross-node": "cross_node_share",
+    "cross-GPU": "cross_gpu_share",
+    "GPU copies": "copies_per_token_gpu",
+    "node copies": "copies_per_token_node",
+}
+SUITE_LEGEND = (
+    "load of GPUs on held-out requests (std over mean), shares of consecutive pairs, copies per token, experts beyond "
+    "one copy, and copies that move"
+)
+
+
+def suite_tables(rows: Sequence[Row]) -> None:
+    """Write one table per trace, topology and phase: a line per method, its load, traffic, times, memory and moves."""
+    out = console()
+    for number, place in enumerate(dict.fromkeys(row.place for row in rows)):
+        group = [row for row in rows if row.place == place]
+        if number:
+            say("", out)
+        say(f"{place}, {plural(max(len(row.seeds) for row in group), 'seed')}", out, "bold")
+        table = [["method", "max/mean", *SUITE_FACTS, "mean [µs]", "p99 [µs]", "extra", "moves", "solve [s]"]]
+        for row in group:
+            told = [f"{row.facts[name]:.4f}" if name in row.facts else "-" for name in SUITE_FACTS.values()]
+            times = [f"{row.step_us[name].value:,.1f}" for name in ("mean", "p99")]
+            extra = f"{row.facts.get('extra_copies', 0):,.0f}"
+            extra += f" = {row.facts['extra_gb']:.2f} GB" if "extra_gb" in row.facts else ""
+            ends = [extra, f"{row.facts.get('moves', 0):,.0f}", f"{row.solve_s:,.2f}"]
+            table.append([row.solver, f"{row.max_over_mean.value:.4f}", *told, *times, *ends])
+        write_table(table, right=range(1, len(table[0])))
+    if rows:
+        say(f"\n{SUITE_LEGEND}", out)
+
+
 def comparison_markdown(rows: Sequence[Row]) -> str:
     """Return the same tables as Markdown."""
     parts = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -12,17 +12,22 @@ from typing import Any
 import numpy as np
 
 from moeplace.affinity import RoutingStats, count_routing
-from moeplace.build import Choices, assumptions, build_problem
+from moeplace.build import Choices, assumptions, build_problem, preset_for
 from moeplace.contest import score_sentences
-from moeplace.errors import InfeasibleError, NothingFoundError, PlacementError, ProblemError, SolverError
+from moeplace.errors import InfeasibleError, InputError, NothingFoundError, PlacementError, ProblemError, SolverError
 from moeplace.frozen import Floats, replaced, seal
 from moeplace.model import load_model
+from moeplace.placement import Placement
+from moeplace.problem import Problem
 from moeplace.readers import open_trace
-from moeplace.scoring import score
+from moeplace.routing import EVEN, Router
+from moeplace.scoring import Score, score
 from moeplace.solution import Limits, Solution
 from moeplace.solvers import solve
+from moeplace.solvers.linear import contiguous
 from moeplace.split import parse_split, select
 from moeplace.spool import Spooled
+from moeplace.suites import Method
 from moeplace.trace import Counts, TraceStream
 
 HALF = "half"
@@ -53,7 +58,7 @@ class Trial:
     trace
         Label of the trace.
     topology, solver
-        As :func:`~moeplace.topology.load_topology` and :func:`~moeplace.solvers.solve` take them.
+        As :func:`~moeplace.topology.load_topology` and :meth:`~moeplace.suites.Method.of` take them.
     seed
         Of the split, the solver and the steps that are drawn.
     """
@@ -132,6 +137,10 @@ class Outcome:
         Why there is no answer; None where there is one.
     notes
         What was assumed.
+    facts
+        Numbers on the test part and the placement: ``load_std`` (of GPU load over its mean, mean over layers), traffic
+        in natural units, ``extra_copies`` (and ``extra_gb`` where the model is known), ``moves`` from the baseline, or
+        from the contiguous placement where there is none.
     """
 
     trial: Trial
@@ -144,6 +153,7 @@ class Outcome:
     solve_s: float = 0.0
     failure: str | None = None
     notes: tuple[str, ...] = ()
+    facts: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         seal(self, notes=tuple(self.notes))
@@ -193,17 +203,20 @@ def run_trial(sides: Sides, trial: Trial, setup: Setup, stop: threading.Event | 
 
     A solver that finds nothing, or a problem that cannot be, is an outcome; anything else that goes wrong is raised.
     """
+    method = Method.of(trial.solver)
     limits = Limits(**{**setup.limits, "seed": trial.seed, "threads": setup.threads, "stop": stop or threading.Event()})
-    choices = replaced(setup.choices, topology=trial.topology)
+    limits = limits.replace(options=method.options)
+    choices = replaced(setup.choices, topology=trial.topology, **method.goals)
     started = time.monotonic()
     try:
         problem = build_problem(sides.fit, choices, threads=setup.threads, stats=sides.fit_stats)
-        solution = solve(problem, trial.solver, limits)
+        solution = _solved(problem, method, limits)
         if solution.placement is None:
             raise NothingFoundError("; ".join(solution.notes) or f"{trial.solver} found no placement")
     except (ProblemError, PlacementError, SolverError, InfeasibleError, NothingFoundError) as error:
         return Outcome(trial=trial, failure=str(error).splitlines()[0], solve_s=time.monotonic() - started)
     solve_s = time.monotonic() - started
+    scoring = setup.scoring if method.routing is None else {**setup.scoring, "routing": method.routing}
     scores = score(
         sides.test,
         {trial.solver: solution.placement},
@@ -214,7 +227,7 @@ def run_trial(sides: Sides, trial: Trial, setup: Setup, stop: threading.Event | 
         profile_tokens=None if sides.fit_stats.sample is None else sides.fit_stats.sample.experts,
         seed=trial.seed,
         threads=setup.threads,
-        **setup.scoring,
+        **scoring,
     )
     times = tuple(
         PhaseTimes(
@@ -226,7 +239,35 @@ def run_trial(sides: Sides, trial: Trial, setup: Setup, stop: threading.Event | 
         for entry in scores
     )
     notes = (*assumptions(problem, choices), *score_sentences(scores, sides.test, choices))
-    return Outcome(trial=trial, times=times, solve_s=solve_s, notes=notes, **_answer(solution))
+    facts = _facts(problem, solution.placement, scores, (sides, scoring.get("routing") or EVEN, choices))
+    return Outcome(trial=trial, times=times, solve_s=solve_s, notes=notes, facts=facts, **_answer(solution))
+
+
+def _solved(problem: Problem, method: Method, limits: Limits) -> Solution:
+    try:
+        return solve(problem, method.solver, limits)
+    except InputError as error:  # no such solver or option here: for this method there is no answer
+        raise SolverError(str(error).splitlines()[0]) from error
+
+
+def _facts(
+    problem: Problem, placement: Placement, scores: Sequence[Score], place: tuple[Sides, str, Choices]
+) -> dict[str, float]:
+    sides, routing, choices = place
+    router = Router.of(placement, problem.topology, routing, sides.fit_stats.load)
+    load = np.einsum("lge,le->lg", router.gpu_share(problem.num_gpus), sides.test_stats.load.astype(np.float64))
+    base = problem.baseline or contiguous(problem.slots_per_gpu, problem.num_layers, problem.num_experts)
+    extra = float(placement.copies().sum() - problem.num_layers * problem.num_experts)
+    facts = {
+        "load_std": float((load.std(axis=1) / load.mean(axis=1)).mean()),
+        "extra_copies": extra,
+        "moves": float(np.maximum(placement.copies() - base.copies(), 0).sum()),
+    }
+    if choices.model is not None or preset_for(sides.test.meta, sides.test.meta.model_id) is not None:
+        facts["extra_gb"] = extra * problem.model.expert_weight_bytes / 1e9
+    traffic = scores[0].traffic
+    told = {name: getattr(traffic, name) for name in traffic.__slots__}
+    return facts | {name: float(value) for name, value in told.items() if value is not None}
 
 
 def _answer(solution: Solution) -> dict[str, Any]:

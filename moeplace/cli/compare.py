@@ -28,6 +28,7 @@ Examples:
   moeplace compare trace.npz -s eplb,moetuner -t scale-up:8,torus:2x2x2 --seeds 5 --json
   moeplace compare a.npz b.npz -s linear,eplb --num-gpus 8 --results out/grid --jobs 2
   moeplace compare trace.npz -s eplb,auto --num-gpus 64 --num-redundant-experts 32 --by time:0.5
+  moeplace compare trace.npz --suite published -t scale-out:2x4 --num-redundant-experts 16 --seeds 1
 """
 STDIN = "-"
 EXIT_NOTHING_FOUND = 4
@@ -35,7 +36,13 @@ EXIT_NOTHING_FOUND = 4
 
 @click.command("compare", epilog=EPILOG)
 @click.argument("traces", nargs=-1, required=True, type=click.Path(allow_dash=True), metavar="TRACE...")
-@option("--solvers", "-s", default="linear,eplb,auto", help="Comma-separated (moeplace list solvers).")
+@option(
+    "--solvers",
+    "-s",
+    default="linear,eplb,auto",
+    help="Comma-separated SOLVER[:OPTION=VALUE…][@ROUTING] (moeplace list solvers).",
+)
+@option("--suite", metavar="NAME", help="published: all published methods that fit, and ours, in one table.")
 @option("--topologies", "-t", metavar="NAMES", help="Comma-separated presets, TOML files or KIND:DIMS.")
 @option("--seeds", type=Whole(1), default=3, help="Seeds 0 to N-1, each with its own split, run and steps.")
 @option("--by", metavar="SPLIT", default="half", help="half: another half per seed; or domain:NAME,…, time:FRACTION.")
@@ -72,13 +79,13 @@ def compare_command(traces: tuple[str, ...], solvers: str, topologies: str | Non
     from moeplace.comparison import compare, comparison_to_dict, notes_of
     from moeplace.report import write_json
     from moeplace.results import Results
-    from moeplace.scoreboard import comparison_tables
+    from moeplace.scoreboard import comparison_tables, suite_tables
 
     check_paths([*traces, None], None)
     if STDIN in traces and (len(traces) > 1 or options["jobs"] > 1 or options["cluster"] or options["results"]):
         raise click.UsageError("standard input is one trace, read here, and not kept: give a file")
     setup = _setup(options)
-    names = _solvers(solvers), _topologies(topologies, setup)
+    names = _methods(solvers, options["suite"]), _topologies(topologies, setup)
     results = Results(options["results"]) if options["results"] else None
     items = list(_items(_sources(traces, options), names, options["seeds"], setup))
     log = _Log(len(items), shown=not options["quiet"] and (options["verbose"] or sys.stderr.isatty()))
@@ -91,7 +98,7 @@ def compare_command(traces: tuple[str, ...], solvers: str, topologies: str | Non
     if options["as_json"]:
         write_json(comparison_to_dict(outcomes, setup))
     else:
-        comparison_tables(rows)
+        (suite_tables if options["suite"] else comparison_tables)(rows)
     if interrupted:
         kept = f", kept in {options['results']}: the same command goes on from there" if results else ""
         click.echo(f"{len(outcomes):,} of {len(items):,} runs are done{kept}", err=True)
@@ -119,10 +126,15 @@ def _setup(options: dict[str, Any]) -> Setup:
     )
 
 
-def _solvers(text: str) -> tuple[str, ...]:
+def _methods(text: str, suite_name: str | None) -> tuple[str, ...]:
+    """Return the methods of a suite, or those that are named: these must exist."""
     from moeplace.solvers import AUTO, load_solver
+    from moeplace.suites import Method, suite
 
-    for name in (part for chain in _names(text, "--solvers") for part in chain.split("+")):
+    if suite_name is not None:
+        return suite(suite_name)
+    chains = [Method.of(name).solver for name in _names(text, "--solvers")]
+    for name in (part for chain in chains for part in chain.split("+")):
         if name != AUTO:
             load_solver(name)
     return _names(text, "--solvers")
