@@ -23,6 +23,7 @@ COMMANDS = {
     "solve": ("moeplace.cli.solve", "Choose where experts live, from a routing trace."),
     "score": ("moeplace.cli.score", "Judge placements on a trace: step-time tails, load, traffic."),
     "compare": ("moeplace.cli.compare", "Compare solvers: fit, judge on the rest, over seeds and topologies."),
+    "plan": ("moeplace.cli.plan", "Find the cluster, topology and split of least cost per token."),
     "stats": ("moeplace.cli.stats", "Show what a routing trace says."),
     "export": ("moeplace.cli.files", "Write a placement in the form a serving stack loads."),
     "check": ("moeplace.cli.files", "Check a placement file by the rules of the stack that loads it."),

@@ -1,0 +1,244 @@
+"""The search: every deployment is screened, then bounded, then timed unless others are known to be better in all.
+
+Exhaustive but for what bounds exclude: a deployment is left out only where one that was timed, and keeps every
+constraint, is at least as good on every axis as the other's bounds are, and better on one. What is kept on disk are
+outcomes, one a line, so that a search that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from moeplace.errors import InputError, OutputError
+from moeplace.frozen import digest
+from moeplace.planning.deployment import Deployment
+from moeplace.planning.evaluate import Cell, Evaluator
+from moeplace.planning.outcome import BOUNDED, Outcome
+from moeplace.planning.pareto import AXES, RATES, dominates, merits
+from moeplace.planning.space import cells
+
+SCHEMA = "moeplace/plan-outcomes/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a search is: deployments judged, of how many, and the last cell's outcomes."""
+
+    done: int
+    total: int
+    outcomes: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a search found.
+
+    Attributes
+    ----------
+    outcomes
+        Of every deployment judged, in the order of the space.
+    axes
+        What the Pareto set is over.
+    interrupted, out_of_time
+        Why some were not judged, if any.
+    unjudged
+        How many were not.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    axes: tuple[str, ...]
+    interrupted: bool = False
+    out_of_time: bool = False
+    unjudged: int = 0
+
+
+def axes_of(evaluator: Evaluator) -> tuple[str, ...]:
+    """What deployments are compared on: a limit on the time per token takes the place of that time as an axis."""
+    return RATES if evaluator.demands.tpot_ms is not None else AXES
+
+
+def search(
+    found: Sequence[Deployment],
+    evaluator: Evaluator,
+    *,
+    time_limit_s: float = math.inf,
+    results: Results | None = None,
+    tell: Callable[[Progress], None] = lambda progress: None,
+) -> Found:
+    """Judge deployments.
+
+    Parameters
+    ----------
+    found
+        From :func:`~moeplace.planning.space.deployments`.
+    evaluator
+        Judges them.
+    time_limit_s
+        No further cell is begun after so many seconds.
+    results
+        Where outcomes are kept, and taken from.
+    tell
+        Called after each cell.
+
+    Returns
+    -------
+    Found
+        With Ctrl-C (``KeyboardInterrupt``) what was judged so far.
+    """
+    started, axes = time.monotonic(), axes_of(evaluator)
+    kept = {} if results is None else results.load()
+    judged: dict[str, Outcome] = {}
+    best: list[tuple[float, ...]] = []
+    interrupted = late = False
+    try:
+        queue = _queue(found, evaluator)
+        for cell, bounds in queue:
+            if time.monotonic() - started >= time_limit_s:
+                late = True
+                break
+            new = _judged(cell, bounds, evaluator, (kept, best, axes))
+            if results is not None:
+                results.save([outcome for outcome in new if outcome.deployment.id not in kept])
+            judged |= {outcome.deployment.id: outcome for outcome in new}
+            best += [merits(outcome, axes) for outcome in new if outcome.feasible]
+            tell(Progress(done=len(judged), total=len(found), outcomes=tuple(new)))
+    except KeyboardInterrupt:
+        interrupted = True
+    outcomes = tuple(judged[own.id] for own in found if own.id in judged)
+    unjudged = len(found) - len(outcomes)
+    return Found(outcomes=outcomes, axes=axes, interrupted=interrupted, out_of_time=late, unjudged=unjudged)
+
+
+def judge(own: Deployment, evaluator: Evaluator) -> Outcome:
+    """Time one deployment whatever constraints it breaks."""
+    cell = Cell(kind=own.kind, dims=own.dims, batch=own.batch, redundant=own.redundant, deployments=(own,))
+    return evaluator.time(cell, [evaluator.screen(own)])[0]
+
+
+def _queue(found: Sequence[Deployment], evaluator: Evaluator) -> list[tuple[Cell, list[Outcome]]]:
+    """Cells with their bounds, the most promising first: what is timed early excludes more."""
+    queue = []
+    for cell in cells(found):
+        screened = [evaluator.screen(own) for own in cell.deployments]
+        queue.append((cell, [one if one.breaches else evaluator.bound(one) for one in screened]))
+
+    def promise(entry: tuple[Cell, list[Outcome]]) -> float:
+        rates = [(one.per_usd or 0.0, one.per_gpu) for one in entry[1] if not one.breaches]
+        return -max((rate[0] or rate[1] for rate in rates), default=0.0)
+
+    return sorted(queue, key=promise)
+
+
+def _judged(
+    cell: Cell,
+    bounds: Sequence[Outcome],
+    evaluator: Evaluator,
+    known: tuple[dict[str, Outcome], list[tuple[float, ...]], tuple[str, ...]],
+) -> list[Outcome]:
+    """Outcomes of one cell, in its order."""
+    kept, best, axes = known
+    new: dict[str, Outcome] = {}
+    open_: list[Outcome] = []
+    for one in bounds:
+        own = one.deployment.id
+        if own in kept:
+            new[own] = kept[own]
+        elif one.breaches:
+            new[own] = one
+        elif any(dominates(other, merits(one, axes)) for other in best):
+            new[own] = one.replace(kind=BOUNDED)
+        else:
+            open_.append(one)
+    for one in evaluator.time(cell, open_):
+        new[one.deployment.id] = one
+    return [new[own.id] for own in cell.deployments]
+
+
+class Results:
+    """A file of outcomes: a line that tells what they are of, then one line for each.
+
+    Parameters
+    ----------
+    path
+        Made if it does not exist; a file of another trace, model, price book or constraints is refused.
+    evaluator
+        What the outcomes depend on.
+
+    Raises
+    ------
+    InputError
+        The file is of something else.
+    OutputError
+        It cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], evaluator: Evaluator) -> None:
+        self.path = Path(path)
+        self._head = {"schema": SCHEMA, "of": _identity(evaluator)}
+        self._file: IO[str] | None = None
+
+    def load(self) -> dict[str, Outcome]:
+        """Outcomes by id; a line that was cut off, as a kill leaves it, is left out."""
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError("cannot be read", hint="name another --results", where=str(self.path)) from error
+        if not lines:
+            return {}
+        if _read(lines[0]) != self._head:
+            raise InputError(
+                "holds outcomes of another search",
+                rule="the same trace, model, accelerators, prices, constraints and seed",
+                hint="name another --results, or delete the file",
+                where=str(self.path),
+            )
+        read = [_read(line) for line in lines[1:]]
+        outcomes = [Outcome.of_dict(line) for line in read if line is not None and "deployment" in line]
+        return {outcome.deployment.id: outcome for outcome in outcomes}
+
+    def save(self, outcomes: Sequence[Outcome]) -> None:
+        """Add outcomes."""
+        try:
+            if self._file is None:
+                fresh = not self.path.exists() or not self.path.stat().st_size
+                self._file = self.path.open("a", encoding="utf-8")
+                # a line that a kill cut off must not swallow the next one
+                self._file.write(json.dumps(self._head, sort_keys=True) + "\n" if fresh else "\n")
+            for outcome in outcomes:
+                self._file.write(json.dumps(outcome.to_dict(), sort_keys=True) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(f"cannot be written: {error.strerror}", where=str(self.path)) from error
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    try:
+        read = json.loads(line)
+    except ValueError:
+        return None
+    return read if isinstance(read, dict) else None
+
+
+def _identity(evaluator: Evaluator) -> str:
+    work = evaluator.workload
+    accelerators = [(name, each.digest()) for name, each in sorted(evaluator.accelerators.items())]
+    book = asdict(evaluator.book.replace(sources={}, accelerator_usd={}, accelerator_watts={}))
+    prices = (sorted(evaluator.book.accelerator_usd.items()), sorted(evaluator.book.accelerator_watts.items()))
+    return digest(
+        (
+            work.trace_digest,
+            work.model.digest(),
+            (work.context, work.prompt, work.steps, work.seed),
+            accelerators,
+            (book, prices),
+            evaluator.demands,
+            (evaluator.solver, evaluator.work),
+        )
+    )
