@@ -134,6 +134,14 @@ def test_the_search_keeps_what_is_best(tmp_path: Path) -> None:
         Results(results, toy_evaluator("h100")).load()
 
 
+def test_threads_change_nothing() -> None:
+    """With two threads the outcomes, those excluded by bounds among them, are the same."""
+    evaluator = toy_evaluator("h100", "h200")
+    found = deployments(toy_space(evaluator, batches=(1, 4, 16)), MODEL)
+    one, two = (search(found, toy_evaluator("h100", "h200"), threads=threads) for threads in (1, 2))
+    assert [outcome.to_dict() for outcome in one.outcomes] == [outcome.to_dict() for outcome in two.outcomes]
+
+
 def test_outcomes_survive_the_file() -> None:
     """An outcome read back is the outcome, to the digits that are kept."""
     evaluator = toy_evaluator(demands=Demands(tpot_ms=0.01))

@@ -106,6 +106,7 @@ def plan_command(trace: str, **options: Any) -> int:
     result = search(
         found,
         evaluator,
+        threads=options["threads"],
         time_limit_s=options["time_limit"] or math.inf,
         results=Results(options["results"], evaluator) if options["results"] else None,
         tell=PlanLog(shown=not options["quiet"] and (options["verbose"] or sys.stderr.isatty())),
@@ -172,7 +173,6 @@ def _setup(trace: str, options: dict[str, Any]) -> tuple[Space, Evaluator, str]:
             max_usd=options["max_price"],
         ),
         solver=options["solver"],
-        threads=options["threads"],
     )
     return space, evaluator, f"fitted on {options['fit']} of the requests and judged on the others"
 

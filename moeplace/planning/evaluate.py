@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -71,6 +72,11 @@ class Cell:
     deployments: tuple[Deployment, ...]
 
 
+def placement_key(deployment: Deployment) -> tuple[object, ...]:
+    """What its placement depends on."""
+    return deployment.kind, deployment.dims, deployment.redundant
+
+
 @dataclass(slots=True, kw_only=True)
 class Evaluator:
     """Judges deployments of one workload; keeps placements, and what depends on the size of a step alone.
@@ -85,6 +91,8 @@ class Evaluator:
         Prices and constraints.
     solver, work
         Who places experts on each topology, and its share of the usual work.
+    stop
+        Set to end what is under way.
     """
 
     workload: Workload
@@ -94,9 +102,9 @@ class Evaluator:
     demands: Demands = field(default_factory=Demands)
     solver: str = "auto"
     work: float = 0.2
-    threads: int = 1
+    stop: threading.Event = field(default_factory=threading.Event)
     _placements: dict[tuple[object, ...], Placement] = field(default_factory=dict)
-    _active: dict[int, Floats] = field(default_factory=dict)
+    _active: dict[tuple[int, int], Floats] = field(default_factory=dict)
 
     def topology(self, deployment: Deployment) -> Topology:
         """Return the network of its expert GPUs."""
@@ -108,7 +116,7 @@ class Evaluator:
 
     def placement(self, deployment: Deployment) -> Placement:
         """Experts placed for the shape of its topology, once for each number of slots."""
-        key = (deployment.kind, deployment.dims, deployment.redundant)
+        key = placement_key(deployment)
         if key not in self._placements:
             topology = self.topology(deployment)
             roomy = topology.accelerator.replace(hbm_gb=ROOMY_GB)
@@ -122,7 +130,7 @@ class Evaluator:
                 law=BatchLaw(phase="decode", requests=deployment.step_requests),
                 objective=STEP_TIME,
             )
-            limits = Limits(work=self.work, seed=self.workload.seed, threads=self.threads)
+            limits = Limits(work=self.work, seed=self.workload.seed, threads=1, stop=self.stop)
             answer = solve(problem, self.solver, limits).placement
             if answer is None:  # a method of the user's choice that finds none on this topology
                 answer = solve(problem, "linear", limits).placement
@@ -171,7 +179,7 @@ class Evaluator:
         topology = self.topology(deployment)
         compute = ExpertCompute.of(self.workload.model, topology.accelerator, "decode")
         gpus, requests = deployment.expert_gpus, deployment.step_requests
-        active = self._distinct(requests)
+        active = self._distinct(requests, gpus)
         top_k = self.workload.model.top_k
         memory_us = active * compute.weight_us / gpus + compute.shared_weight_us
         arithmetic_us = requests * top_k / gpus * compute.row_us + deployment.batch * compute.shared_row_us
@@ -183,11 +191,11 @@ class Evaluator:
         step_us = least * self.workload.layer_scale + self._dense_us(deployment)
         return self._with_times(screened, step_us, {})
 
-    def _distinct(self, requests: int) -> Floats:
+    def _distinct(self, requests: int, gpus: int) -> Floats:
         """``[layer, step]`` distinct experts chosen by the first requests of each step of a size: at least as many."""
         known = min(requests, BOUND_REQUESTS)
-        if requests not in self._active:
-            steps = self.workload.decode_steps(requests)
+        if (requests, gpus) not in self._active:
+            steps = self.workload.decode_steps(requests, gpus)
             experts, rows = steps.trace.experts, steps.rows[:, :known]
             count = self.workload.model.num_experts
             batch = np.arange(len(rows))[:, None, None] * count
@@ -197,8 +205,8 @@ class Evaluator:
                 .sum(axis=1)
                 for layer in range(experts.shape[1])
             ]
-            self._active[requests] = np.array(found, np.float64)
-        return self._active[requests]
+            self._active[requests, gpus] = np.array(found, np.float64)
+        return self._active[requests, gpus]
 
     def _attention_us(self, deployment: Deployment, batch: float | None = None) -> float:
         if self.workload.model.attention is None:
@@ -215,7 +223,7 @@ class Evaluator:
         own = dense_us(model, accelerator, deployment.batch, deployment.attention_tp)
         return layers * (self._attention_us(deployment) + own)
 
-    def time(self, cell: Cell, screened: Sequence[Outcome]) -> list[Outcome]:
+    def time(self, screened: Sequence[Outcome]) -> list[Outcome]:
         """Time the deployments of a cell, already screened, on the same steps."""
         if not screened:
             return []
@@ -224,10 +232,12 @@ class Evaluator:
         for outcome in screened:
             own = outcome.deployment
             places.setdefault((own.accelerator, own.link_gb_per_s), self.topology(own))
-        steps = self.workload.decode_steps(first.step_requests)
+        steps = self.workload.decode_steps(first.step_requests, first.expert_gpus)
         halves = any(outcome.deployment.overlap == DUAL_BATCH for outcome in screened)
         placement = self.placement(first)
-        whole, cut = time_parts(steps, placement, tuple(places.values()), self.workload.model, halves=halves)
+        whole, cut = time_parts(
+            steps, placement, tuple(places.values()), self.workload.model, halves=halves, stop=self.stop
+        )
         number = {key: i for i, key in enumerate(places)}
         first_token = self._first_token(placement, tuple(places.values()))
         timed = []
@@ -280,7 +290,7 @@ class Evaluator:
         if self.demands.ttft_ms is None:
             return ()
         steps = self.workload.prefill_steps(places[0].num_gpus)
-        return time_parts(steps, placement, places, self.workload.model)[0]
+        return time_parts(steps, placement, places, self.workload.model, stop=self.stop)[0]
 
     def _with_first_token(self, outcome: Outcome, parts: tuple[LayerParts, ...], i: int) -> Outcome:
         allowed = self.demands.ttft_ms

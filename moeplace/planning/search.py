@@ -11,7 +11,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,12 +20,13 @@ from typing import IO, Any
 from moeplace.errors import InputError, OutputError
 from moeplace.frozen import digest
 from moeplace.planning.deployment import Deployment
-from moeplace.planning.evaluate import Cell, Evaluator
+from moeplace.planning.evaluate import Cell, Evaluator, placement_key
 from moeplace.planning.outcome import BOUNDED, Outcome
 from moeplace.planning.pareto import AXES, RATES, dominates, merits
 from moeplace.planning.space import cells
 
 SCHEMA = "moeplace/plan-outcomes/1"
+WAVE = 8  # cells under way before what they found excludes others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,7 @@ def search(
     found: Sequence[Deployment],
     evaluator: Evaluator,
     *,
+    threads: int = 1,
     time_limit_s: float = math.inf,
     results: Results | None = None,
     tell: Callable[[Progress], None] = lambda progress: None,
@@ -80,8 +83,10 @@ def search(
         From :func:`~moeplace.planning.space.deployments`.
     evaluator
         Judges them.
+    threads
+        Cells judged at the same time; the outcomes do not depend on it.
     time_limit_s
-        No further cell is begun after so many seconds.
+        No further wave of cells is begun after so many seconds.
     results
         Where outcomes are kept, and taken from.
     tell
@@ -93,33 +98,74 @@ def search(
         With Ctrl-C (``KeyboardInterrupt``) what was judged so far.
     """
     started, axes = time.monotonic(), axes_of(evaluator)
-    kept = {} if results is None else results.load()
-    judged: dict[str, Outcome] = {}
-    best: list[tuple[float, ...]] = []
+    run = _Run(evaluator, axes, {} if results is None else results.load())
     interrupted = late = False
+    pool = ThreadPoolExecutor(threads)
     try:
         queue = _queue(found, evaluator)
-        for cell, bounds in queue:
+        for first in range(0, len(queue), WAVE):
             if time.monotonic() - started >= time_limit_s:
                 late = True
                 break
-            new = _judged(cell, bounds, evaluator, (kept, best, axes))
-            if results is not None:
-                results.save([outcome for outcome in new if outcome.deployment.id not in kept])
-            judged |= {outcome.deployment.id: outcome for outcome in new}
-            best += [merits(outcome, axes) for outcome in new if outcome.feasible]
-            tell(Progress(done=len(judged), total=len(found), outcomes=tuple(new)))
+            for new in run.wave(queue[first : first + WAVE], pool):
+                if results is not None:
+                    results.save([outcome for outcome in new if outcome.deployment.id not in run.kept])
+                run.add(new)
+                tell(Progress(done=len(run.judged), total=len(found), outcomes=tuple(new)))
     except KeyboardInterrupt:
         interrupted = True
-    outcomes = tuple(judged[own.id] for own in found if own.id in judged)
+        evaluator.stop.set()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    outcomes = tuple(run.judged[own.id] for own in found if own.id in run.judged)
     unjudged = len(found) - len(outcomes)
     return Found(outcomes=outcomes, axes=axes, interrupted=interrupted, out_of_time=late, unjudged=unjudged)
 
 
+class _Run:
+    """What is known while a search runs."""
+
+    def __init__(self, evaluator: Evaluator, axes: tuple[str, ...], kept: dict[str, Outcome]) -> None:
+        self.kept = kept
+        self.judged: dict[str, Outcome] = {}
+        self._best: list[tuple[float, ...]] = []
+        self._evaluator, self._axes = evaluator, axes
+
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        """Note what was judged."""
+        self.judged |= {outcome.deployment.id: outcome for outcome in outcomes}
+        self._best += [merits(outcome, self._axes) for outcome in outcomes if outcome.feasible]
+
+    def wave(self, entries: Sequence[tuple[Cell, list[Outcome]]], pool: ThreadPoolExecutor) -> Iterator[list[Outcome]]:
+        """Judge some cells at the same time; what excludes them is what was known before, whatever the threads."""
+        open_ = [self._open(bounds) for _, bounds in entries]
+        new = {placement_key(one.deployment): one.deployment for timed in open_ for one in timed}
+        for _ in pool.map(self._evaluator.placement, new.values()):
+            pass
+        for (cell, bounds), timed in zip(entries, pool.map(self._evaluator.time, open_), strict=True):
+            known = {one.deployment.id: self._excluded(one) for one in bounds}
+            known |= {one.deployment.id: one for one in timed}
+            yield [known[own.id] for own in cell.deployments]
+
+    def _open(self, bounds: Sequence[Outcome]) -> list[Outcome]:
+        """Outcomes that must be timed."""
+        return [
+            one
+            for one in bounds
+            if one.deployment.id not in self.kept
+            and not one.breaches
+            and not any(dominates(other, merits(one, self._axes)) for other in self._best)
+        ]
+
+    def _excluded(self, one: Outcome) -> Outcome:
+        if one.deployment.id in self.kept:
+            return self.kept[one.deployment.id]
+        return one if one.breaches else one.replace(kind=BOUNDED)
+
+
 def judge(own: Deployment, evaluator: Evaluator) -> Outcome:
     """Time one deployment whatever constraints it breaks."""
-    cell = Cell(kind=own.kind, dims=own.dims, batch=own.batch, redundant=own.redundant, deployments=(own,))
-    return evaluator.time(cell, [evaluator.screen(own)])[0]
+    return evaluator.time([evaluator.screen(own)])[0]
 
 
 def _queue(found: Sequence[Deployment], evaluator: Evaluator) -> list[tuple[Cell, list[Outcome]]]:
@@ -134,31 +180,6 @@ def _queue(found: Sequence[Deployment], evaluator: Evaluator) -> list[tuple[Cell
         return -max((rate[0] or rate[1] for rate in rates), default=0.0)
 
     return sorted(queue, key=promise)
-
-
-def _judged(
-    cell: Cell,
-    bounds: Sequence[Outcome],
-    evaluator: Evaluator,
-    known: tuple[dict[str, Outcome], list[tuple[float, ...]], tuple[str, ...]],
-) -> list[Outcome]:
-    """Outcomes of one cell, in its order."""
-    kept, best, axes = known
-    new: dict[str, Outcome] = {}
-    open_: list[Outcome] = []
-    for one in bounds:
-        own = one.deployment.id
-        if own in kept:
-            new[own] = kept[own]
-        elif one.breaches:
-            new[own] = one
-        elif any(dominates(other, merits(one, axes)) for other in best):
-            new[own] = one.replace(kind=BOUNDED)
-        else:
-            open_.append(one)
-    for one in evaluator.time(cell, open_):
-        new[one.deployment.id] = one
-    return [new[own.id] for own in cell.deployments]
 
 
 class Results:

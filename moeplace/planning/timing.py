@@ -6,6 +6,7 @@ links a copy of a token passes do not depend on what the GPUs are, only on the t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from moeplace.attention import AttentionTime
 from moeplace.batches import Steps
 from moeplace.compute import ExpertCompute
+from moeplace.errors import MoeplaceError
 from moeplace.execution import Execution, step_tokens
 from moeplace.frozen import Floats
 from moeplace.hardware import Accelerator
@@ -31,6 +33,10 @@ SPEED_OF_LINK = {"scale-up": "local_gb_per_s", "NIC": "nic_gb_per_s", "spine": "
 ACTIVATION_BYTES = 2  # attention's partial sums are added up in 16 bits
 
 
+class StoppedError(MoeplaceError):
+    """The work was asked to end."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerParts:
     """``[layer, step, part]`` µs of experts, dispatch and combine on one cluster."""
@@ -41,7 +47,13 @@ class LayerParts:
 
 
 def time_parts(
-    steps: Steps, placement: Placement, clusters: Sequence[Topology], model: ModelSpec, *, halves: bool = False
+    steps: Steps,
+    placement: Placement,
+    clusters: Sequence[Topology],
+    model: ModelSpec,
+    *,
+    halves: bool = False,
+    stop: threading.Event | None = None,
 ) -> tuple[tuple[LayerParts, ...], tuple[LayerParts, ...]]:
     """Time the MoE layers of steps on clusters of one shape.
 
@@ -53,12 +65,19 @@ def time_parts(
         Topologies of the same kind and dimensions; accelerators and bandwidths may differ.
     halves
         Whether each step is also timed cut in two.
+    stop
+        Set to end it after the layer at hand.
 
     Returns
     -------
     tuple
         For every cluster the parts of whole steps, and of their halves (nothing unless asked for). Complexity: as one
         simulation, and O(layers · steps · GPUs²) for each further cluster.
+
+    Raises
+    ------
+    StoppedError
+        ``stop`` was set.
     """
     execution = Execution(overlap=DUAL_BATCH if halves else NONE)
     shape, phase = clusters[0], steps.law.phase
@@ -72,6 +91,8 @@ def time_parts(
     whole = [_Builder(layers, (steps.num_batches, 1)) for _ in clusters]
     cut = [_Builder(layers, (steps.num_batches, 2)) for _ in clusters] if halves else []
     for layer in range(layers):
+        if stop is not None and stop.is_set():
+            raise StoppedError("stopped")
         ids = np.ascontiguousarray(steps.trace.experts[:, layer])
         seen = visit(ids, tokens, router, layer, (shape, kernel))
         for builders, parts in ((whole, 1), (cut, 2)):

@@ -14,6 +14,7 @@ from moeplace.trace import DECODE, PHASES, PREFILL, Counts, Trace, TraceStream
 
 POOL_TOKENS = 40_000  # of each phase that are kept in memory
 DEFAULT_STEPS = 32
+FEWEST_STEPS, MANY_GPUS = 8, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,15 +52,19 @@ class Workload:
         pool = self.decode or self.prefill
         return 1.0 if pool is None else self.model.num_moe_layers / pool.meta.num_layers
 
-    def decode_steps(self, requests: int) -> Steps:
+    def steps_for(self, gpus: int) -> int:
+        """Steps to draw for a deployment: fewer beyond 64 GPUs, where each has many tokens and costs GPUs²."""
+        return min(self.steps, max(FEWEST_STEPS, self.steps * MANY_GPUS**2 // gpus**2))
+
+    def decode_steps(self, requests: int, gpus: int = 1) -> Steps:
         """Draw decode steps of one token of each request."""
-        return _drawn(self.decode, BatchLaw(phase="decode", requests=requests, batches=self.steps, seed=self.seed))
+        law = BatchLaw(phase="decode", requests=requests, batches=self.steps_for(gpus), seed=self.seed)
+        return _drawn(self.decode, law)
 
     def prefill_steps(self, prompts: int) -> Steps:
         """Draw steps in which every one of some prompts is computed as a whole."""
-        law = BatchLaw(
-            phase="prefill", requests=prompts, tokens=self.prompt, batches=max(4, self.steps // 4), seed=self.seed
-        )
+        batches = max(4, self.steps_for(prompts) // 4)
+        law = BatchLaw(phase="prefill", requests=prompts, tokens=self.prompt, batches=batches, seed=self.seed)
         return _drawn(self.prefill or self.decode, law)
 
 
