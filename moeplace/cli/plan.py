@@ -23,6 +23,7 @@ Examples:
   moeplace plan trace.npz --model deepseek-v3 --context 4096
   moeplace plan trace.npz --model deepseek-v3 --tpot 50 --max-price 3000000 --results plan.jsonl
   moeplace plan trace.npz --topologies torus:4x4x4,scale-up --accelerators h100 --batches 32,64 --json
+  moeplace plan trace.npz --overlaps none,ping-pong --attention-accelerators h20 --accelerators l40s
   moeplace plan trace.npz --link-scales 0.25,0.5,1 --ep-sizes 64 --prices mine.toml
   moeplace plan trace.npz --model deepseek-v3 --ep-sizes 64 --explain 09b1fab
 """
@@ -58,7 +59,14 @@ class Listed(click.ParamType):  # type: ignore[type-arg] # generic since click 8
 @option("--batches", type=Listed(int, 1), help="Requests that decode on each GPU; default 16,32,64,128,256.")
 @option("--redundant", type=Listed(int, 0), default="0", help="Extra expert slots per layer, in total.")
 @option("--attention-tps", type=Listed(int, 1), default="1", help="GPUs that share the attention of a request.")
-@option("--overlaps", type=Listed(str), default="none,dual-batch", help="How computing and communicating overlap.")
+@option(
+    "--overlaps",
+    type=Listed(str),
+    default="none,dual-batch",
+    help="none, dual-batch, or ping-pong between GPUs of two kinds.",
+)
+@option("--attention-accelerators", type=Listed(str), help="Of ping-pong: what attention may run on; default: all.")
+@option("--micro-batches", type=Listed(int, 1), default="3,4", help="Of ping-pong: numbers of micro-batches to try.")
 @option("--link-scales", type=Listed(float, 1e-3), default="1", help="Multiples of the scale-up bandwidth to try.")
 @option("--context", type=click.FloatRange(min=1), help="Tokens a decoding request looks at; default: the trace's.")
 @option("--prompt", type=Whole(1), help="Tokens of a prompt, for --ttft; default: the trace's median.")
@@ -94,7 +102,7 @@ def plan_command(trace: str, **options: Any) -> int:
 
     check_paths([trace], options["results"])
     space, evaluator, fitted = _setup(trace, options)
-    found = deployments(space, evaluator.workload.model)
+    found = deployments(space, evaluator.workload.model, evaluator.workload.context)
     if options["explain"]:
         return _explain(options["explain"], found, evaluator, as_json=options["as_json"])
     assumed = (
@@ -146,7 +154,8 @@ def _setup(trace: str, options: dict[str, Any]) -> tuple[Space, Evaluator, str]:
             load_solver(part)
     book = load_price_book(options["prices"])
     accelerators = _accelerators(options["accelerators"] or DEFAULT_ACCELERATORS)
-    space = _space(accelerators, options)
+    attention = _accelerators(options["attention_accelerators"] or ())
+    space = _space((accelerators, attention), options)
     source = open_source(trace, options, split=options["fit"], part="test")
     stats = count_routing(open_source(trace, options, split=options["fit"]), threads=options["threads"])
     workload = make_workload(
@@ -163,7 +172,7 @@ def _setup(trace: str, options: dict[str, Any]) -> tuple[Space, Evaluator, str]:
     evaluator = Evaluator(
         workload=workload,
         stats=stats,
-        accelerators=accelerators,
+        accelerators={**accelerators, **attention},
         book=book,
         demands=Demands(
             tpot_ms=options["tpot"],
@@ -184,12 +193,14 @@ def _accelerators(names: tuple[str, ...]) -> dict[str, Any]:
     return {each.name: each for each in loaded}
 
 
-def _space(accelerators: dict[str, Any], options: dict[str, Any]) -> Space:
+def _space(accelerators: tuple[dict[str, Any], dict[str, Any]], options: dict[str, Any]) -> Space:
     from moeplace.planning.space import DEFAULT_BATCHES, DEFAULT_EP_SIZES, DEFAULT_KINDS, Space
 
     return Space(
         kinds=options["topologies"] or DEFAULT_KINDS,
-        accelerators=accelerators,
+        accelerators=accelerators[0],
+        attention_accelerators=accelerators[1],
+        micro_batches=options["micro_batches"],
         ep_sizes=options["ep_sizes"] or DEFAULT_EP_SIZES,
         batches=options["batches"] or DEFAULT_BATCHES,
         redundant=options["redundant"],

@@ -29,7 +29,7 @@ class Deployment:
     link_gb_per_s
         Nominal scale-up bandwidth of each [1e9 bytes/s].
     batch
-        Requests that decode at the same time, for each GPU of the instance.
+        Requests that decode at the same time, for each GPU that does attention.
     redundant
         Extra expert slots per layer, in total.
     attention_tp
@@ -76,8 +76,8 @@ class Deployment:
 
     @property
     def step_requests(self) -> int:
-        """Requests that one step decodes, over all GPUs."""
-        return self.batch * self.num_gpus
+        """Requests that one step decodes, over all GPUs (those of attention, where it has its own)."""
+        return self.batch * (self.attention_gpus or self.expert_gpus)
 
     @property
     def topology_name(self) -> str:

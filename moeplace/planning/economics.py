@@ -92,9 +92,10 @@ def bill(topology: Topology, book: PriceBook) -> Bill:
     if topology.kind == CUSTOM:
         rule = "a cluster is priced by what it is made of; a matrix of bandwidths does not say"
         raise ProblemError(f"the price of {topology.name}", rule=rule, hint="name a KIND:DIMS topology")
-    usd, watts = _scale_up(topology, book.network)
+    usd, watts = scale_up_parts(topology, book.network)
     if topology.kind == SCALE_OUT and topology.num_nodes > 1:
-        more_usd, more_watts = _scale_out(topology, book.network)
+        size, nic = (topology.num_gpus, topology.num_nodes), topology.accelerator.nic_gb_per_s
+        more_usd, more_watts = fabric(size, nic, book.network, topology.spine_oversubscription)
         usd = {part: usd[part] + more_usd[part] for part in usd}
         watts = {part: watts[part] + more_watts[part] for part in watts}
     name, gpus = topology.accelerator.name, topology.num_gpus
@@ -105,7 +106,7 @@ def bill(topology: Topology, book: PriceBook) -> Bill:
     )
 
 
-def _scale_up(topology: Topology, prices: NetworkPrices) -> tuple[dict[str, float], dict[str, float]]:
+def scale_up_parts(topology: Topology, prices: NetworkPrices) -> tuple[dict[str, float], dict[str, float]]:
     """Links among the accelerators of a domain, switched or direct."""
     gpus, bandwidth = topology.num_gpus, topology.accelerator.scale_up_gb_per_s
     if topology.is_direct:
@@ -129,11 +130,14 @@ def _scale_up(topology: Topology, prices: NetworkPrices) -> tuple[dict[str, floa
     return usd, watts
 
 
-def _scale_out(topology: Topology, prices: NetworkPrices) -> tuple[dict[str, float], dict[str, float]]:
-    """NICs, and the tree of switches that joins one rail of the nodes."""
-    bandwidth = topology.num_gpus * topology.accelerator.nic_gb_per_s
-    tiers = _tiers(topology.num_nodes, topology.accelerator.nic_gb_per_s, prices.switch_gb_per_s)
-    upward = bandwidth * (tiers - 1) / topology.spine_oversubscription  # what goes on to further tiers
+def fabric(
+    size: tuple[int, int], nic_gb_per_s: float, prices: NetworkPrices, oversubscription: float = 1.0
+) -> tuple[dict[str, float], dict[str, float]]:
+    """NICs of some accelerators in some nodes (``size``), and the trees of switches that join them, rail by rail."""
+    gpus, nodes = size
+    bandwidth = gpus * nic_gb_per_s
+    tiers = _tiers(nodes, nic_gb_per_s, prices.switch_gb_per_s)
+    upward = bandwidth * (tiers - 1) / oversubscription  # what goes on to further tiers
     ports, cables = bandwidth + 2 * upward, bandwidth + upward
     usd = {
         "nics": bandwidth * prices.nic_usd_per_gb_per_s,

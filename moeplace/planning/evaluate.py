@@ -14,13 +14,15 @@ from moeplace.compute import ExpertCompute
 from moeplace.frozen import Floats
 from moeplace.hardware import Accelerator
 from moeplace.network import KERNEL_OF_PHASE, latency_us
-from moeplace.overlap import DUAL_BATCH, PartTimes, step_times
+from moeplace.overlap import DUAL_BATCH, PING_PONG, PartTimes, step_times
 from moeplace.placement import Placement
 from moeplace.planning import memory
 from moeplace.planning.deployment import Deployment
+from moeplace.planning.disaggregation import Sides
 from moeplace.planning.economics import Bill, bill
 from moeplace.planning.outcome import TIMED, UNTIMED, Breach, Outcome
 from moeplace.planning.pricebook import PriceBook
+from moeplace.planning.split import bubbles, busiest_experts, part_times, sides_of, split_bill, split_memory
 from moeplace.planning.timing import (
     LayerParts,
     attention_us,
@@ -61,17 +63,6 @@ class Demands:
     max_usd: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """Deployments of one shape, batch and redundancy, which are timed together."""
-
-    kind: str
-    dims: tuple[int, ...]
-    batch: int
-    redundant: int
-    deployments: tuple[Deployment, ...]
-
-
 def placement_key(deployment: Deployment) -> tuple[object, ...]:
     """What its placement depends on."""
     return deployment.kind, deployment.dims, deployment.redundant
@@ -110,8 +101,20 @@ class Evaluator:
         """Return the network of its expert GPUs."""
         return deployment.topology(self.accelerators[deployment.accelerator])
 
+    def _pair(self, deployment: Deployment) -> tuple[Accelerator, Accelerator]:
+        """What attention and experts run on."""
+        return self.accelerators[deployment.attention_accelerator], self.accelerators[deployment.accelerator]
+
+    def attention_accelerator(self, deployment: Deployment) -> Accelerator:
+        """What attention and dense layers run on."""
+        if deployment.attention_gpus:
+            return self.accelerators[deployment.attention_accelerator]
+        return self.topology(deployment).accelerator
+
     def bill(self, deployment: Deployment) -> Bill:
         """Price it."""
+        if deployment.attention_gpus:
+            return split_bill(deployment, self._pair(deployment), self.book)
         return bill(self.topology(deployment), self.book)
 
     def placement(self, deployment: Deployment) -> Placement:
@@ -138,20 +141,26 @@ class Evaluator:
             self._placements[key] = answer
         return self._placements[key]
 
-    def memory(self, deployment: Deployment) -> memory.Memory:
-        """What its fullest GPU must hold."""
-        model, work = self.workload.model, self.workload
+    def memory(self, deployment: Deployment) -> list[tuple[float, memory.Memory]]:
+        """Usable GB of each kind of GPU, and what its fullest one must hold."""
+        model, context = self.workload.model, self.workload.context
+        experts = self.accelerators[deployment.accelerator].hbm_gb * memory.USABLE_SHARE
+        if deployment.attention_gpus:
+            attention = self.accelerators[deployment.attention_accelerator].hbm_gb * memory.USABLE_SHARE
+            held = split_memory(deployment, model, context)
+            return [(attention, held[0]), (experts, held[1])]
         slots = -(-(model.num_experts + deployment.redundant) // deployment.expert_gpus)
-        tp = deployment.attention_tp
-        return memory.colocated(model, slots, deployment.num_gpus, tp, deployment.batch, work.context)
+        tp, gpus = deployment.attention_tp, deployment.num_gpus
+        return [(experts, memory.colocated(model, slots, gpus, tp, deployment.batch, context))]
 
     def screen(self, deployment: Deployment) -> Outcome:
         """Judge all that needs no timing: memory, GPUs, price."""
-        priced, held = self.bill(deployment), self.memory(deployment)
-        room = self.accelerators[deployment.accelerator].hbm_gb * memory.USABLE_SHARE
-        breaches = []
-        if held.total_gb > room:
-            breaches.append(Breach(constraint="memory", needed=held.total_gb, allowed=room, unit="GB"))
+        priced, kinds = self.bill(deployment), self.memory(deployment)
+        breaches = [
+            Breach(constraint="memory", needed=held.total_gb, allowed=room, unit="GB")
+            for room, held in kinds
+            if held.total_gb > room
+        ]
         most, total = self.demands, priced.total_usd
         if most.max_gpus is not None and deployment.num_gpus > most.max_gpus:
             gpus = float(deployment.num_gpus)
@@ -161,7 +170,11 @@ class Evaluator:
         return Outcome(
             deployment=deployment,
             kind=UNTIMED,
-            memory_gb={"experts": held.expert_gb, "other weights": held.other_gb, "KV cache": held.cache_gb},
+            memory_gb={
+                "experts": max(held.expert_gb for _, held in kinds),
+                "other weights": max(held.other_gb for _, held in kinds),
+                "KV cache": max(held.cache_gb for _, held in kinds),
+            },
             usd=priced.usd,
             watts=priced.watts,
             usd_per_hour=priced.per_hour(self.book),
@@ -176,6 +189,8 @@ class Evaluator:
         communicating.
         """
         deployment = screened.deployment
+        if deployment.attention_gpus:
+            return self._split_bound(screened)
         topology = self.topology(deployment)
         compute = ExpertCompute.of(self.workload.model, topology.accelerator, "decode")
         gpus, requests = deployment.expert_gpus, deployment.step_requests
@@ -190,6 +205,17 @@ class Evaluator:
         least = np.maximum(compute_us, waiting) if deployment.overlap == DUAL_BATCH else compute_us + waiting
         step_us = least * self.workload.layer_scale + self._dense_us(deployment)
         return self._with_times(screened, step_us, {})
+
+    def _split_bound(self, screened: Outcome) -> Outcome:
+        """Attention works on all micro-batches of all layers, one after another, whatever the experts do."""
+        own, model, scale = screened.deployment, self.workload.model, self.workload.layer_scale
+        one = self._sides(own).attention_us(own.batch * own.attention_tp / own.micro_batches)
+        layers = model.num_moe_layers / scale
+        step_us = np.array([own.micro_batches * layers * one * scale + self._dense_us(own)])
+        return self._with_times(screened, step_us, {})
+
+    def _sides(self, own: Deployment) -> Sides:
+        return sides_of(own, self.workload.model, self._pair(own), self.workload.context)
 
     def _distinct(self, requests: int, gpus: int) -> Floats:
         """``[layer, step]`` distinct experts chosen by the first requests of each step of a size: at least as many."""
@@ -211,7 +237,7 @@ class Evaluator:
     def _attention_us(self, deployment: Deployment, batch: float | None = None) -> float:
         if self.workload.model.attention is None:
             return 0.0
-        accelerator = self.topology(deployment).accelerator
+        accelerator = self.attention_accelerator(deployment)
         tokens = deployment.batch if batch is None else batch
         return attention_us(self.workload.model, accelerator, tokens, self.workload.context, deployment.attention_tp)
 
@@ -219,7 +245,7 @@ class Evaluator:
         """Time of the layers without experts, which nothing overlaps with."""
         model = self.workload.model
         layers = model.num_layers - model.num_moe_layers
-        accelerator = self.topology(deployment).accelerator
+        accelerator = self.attention_accelerator(deployment)
         own = dense_us(model, accelerator, deployment.batch, deployment.attention_tp)
         return layers * (self._attention_us(deployment) + own)
 
@@ -228,6 +254,8 @@ class Evaluator:
         if not screened:
             return []
         first = screened[0].deployment
+        if first.attention_gpus:
+            return self._time_split(screened)
         places: dict[tuple[str, float], Topology] = {}
         for outcome in screened:
             own = outcome.deployment
@@ -247,6 +275,39 @@ class Evaluator:
             parts = cut[i] if own.overlap == DUAL_BATCH else whole[i]
             judged = self._judge(outcome, parts, steps)
             timed.append(self._with_first_token(judged, first_token, i))
+        return timed
+
+    def _time_split(self, screened: Sequence[Outcome]) -> list[Outcome]:
+        """The same for attention on GPUs of its own."""
+        first = screened[0].deployment
+        experts = {one.deployment.accelerator: self.accelerators[one.deployment.accelerator] for one in screened}
+        steps = self.workload.decode_steps(first.step_requests, first.expert_gpus)
+        busiest = busiest_experts(
+            steps,
+            self.placement(first),
+            self.topology(first),
+            self.workload.model,
+            tuple(experts.values()),
+            micro_batches=first.micro_batches,
+            stop=self.stop,
+        )
+        timed = []
+        for outcome in screened:
+            own, scale = outcome.deployment, self.workload.layer_scale
+            times = part_times(own, self._sides(own), busiest)
+            dense = self._dense_us(own)
+            step_us = step_times(times, PING_PONG) * scale + dense
+            layers, count = times.compute.shape[0], times.compute.shape[2]
+            shares = {
+                "attention": layers * count * float(times.attention.mean()) * scale,
+                "experts": float(times.compute.sum(axis=(0, 2)).mean()) * scale,
+                "dispatch": float(times.dispatch.sum(axis=(0, 2)).mean()) * scale,
+                "combine": float(times.combine.sum(axis=(0, 2)).mean()) * scale,
+                "dense layers": dense,
+            }
+            shares["hidden"] = sum(shares.values()) - float(step_us.mean())
+            judged = self._with_times(outcome, step_us, shares).replace(kind=TIMED, details=bubbles(times))
+            timed.append(judged)
         return timed
 
     def _judge(self, outcome: Outcome, parts: LayerParts, steps: Steps) -> Outcome:

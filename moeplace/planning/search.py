@@ -15,17 +15,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from moeplace.errors import InputError, OutputError
 from moeplace.frozen import digest
 from moeplace.planning.deployment import Deployment
-from moeplace.planning.evaluate import Cell, Evaluator, placement_key
+from moeplace.planning.evaluate import Evaluator, placement_key
 from moeplace.planning.outcome import BOUNDED, Outcome
 from moeplace.planning.pareto import AXES, RATES, dominates, merits
 from moeplace.planning.space import cells
 
 SCHEMA = "moeplace/plan-outcomes/1"
+Entry: TypeAlias = tuple[tuple[Deployment, ...], list[Outcome]]  # deployments timed together, and their bounds
 WAVE = 8  # cells under way before what they found excludes others
 
 
@@ -136,7 +137,7 @@ class _Run:
         self.judged |= {outcome.deployment.id: outcome for outcome in outcomes}
         self._best += [merits(outcome, self._axes) for outcome in outcomes if outcome.feasible]
 
-    def wave(self, entries: Sequence[tuple[Cell, list[Outcome]]], pool: ThreadPoolExecutor) -> Iterator[list[Outcome]]:
+    def wave(self, entries: Sequence[Entry], pool: ThreadPoolExecutor) -> Iterator[list[Outcome]]:
         """Judge some cells at the same time; what excludes them is what was known before, whatever the threads."""
         open_ = [self._open(bounds) for _, bounds in entries]
         new = {placement_key(one.deployment): one.deployment for timed in open_ for one in timed}
@@ -145,7 +146,7 @@ class _Run:
         for (cell, bounds), timed in zip(entries, pool.map(self._evaluator.time, open_), strict=True):
             known = {one.deployment.id: self._excluded(one) for one in bounds}
             known |= {one.deployment.id: one for one in timed}
-            yield [known[own.id] for own in cell.deployments]
+            yield [known[own.id] for own in cell]
 
     def _open(self, bounds: Sequence[Outcome]) -> list[Outcome]:
         """Outcomes that must be timed."""
@@ -168,14 +169,14 @@ def judge(own: Deployment, evaluator: Evaluator) -> Outcome:
     return evaluator.time([evaluator.screen(own)])[0]
 
 
-def _queue(found: Sequence[Deployment], evaluator: Evaluator) -> list[tuple[Cell, list[Outcome]]]:
+def _queue(found: Sequence[Deployment], evaluator: Evaluator) -> list[Entry]:
     """Cells with their bounds, the most promising first: what is timed early excludes more."""
     queue = []
     for cell in cells(found):
-        screened = [evaluator.screen(own) for own in cell.deployments]
+        screened = [evaluator.screen(own) for own in cell]
         queue.append((cell, [one if one.breaches else evaluator.bound(one) for one in screened]))
 
-    def promise(entry: tuple[Cell, list[Outcome]]) -> float:
+    def promise(entry: Entry) -> float:
         rates = [(one.per_usd or 0.0, one.per_gpu) for one in entry[1] if not one.breaches]
         return -max((rate[0] or rate[1] for rate in rates), default=0.0)
 

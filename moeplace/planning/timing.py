@@ -184,10 +184,15 @@ def attention_us(model: ModelSpec, accelerator: Accelerator, tokens: float, cont
     memory = time.weight_us / tp + group * context * time.cache_us / heads
     arithmetic = group * (time.token_us + context * time.score_us) / tp
     total = time.launch_us + max(memory, arithmetic)
-    if tp > 1:
-        moved = 2 * (tp - 1) / tp * group * model.hidden * ACTIVATION_BYTES
-        total += accelerator.scale_up_latency_us + moved * 1e-3 / accelerator.scale_up_effective_gb_per_s
-    return total
+    return total + reduce_us(model, accelerator, group, tp)
+
+
+def reduce_us(model: ModelSpec, accelerator: Accelerator, rows: float, tp: int) -> float:
+    """Time in which ``tp`` GPUs add up their partial sums of so many rows over their scale-up links, by a ring."""
+    if tp == 1:
+        return 0.0
+    moved = 2 * (tp - 1) / tp * rows * model.hidden * ACTIVATION_BYTES
+    return accelerator.scale_up_latency_us + moved * 1e-3 / accelerator.scale_up_effective_gb_per_s
 
 
 def prefill_attention_us(model: ModelSpec, accelerator: Accelerator, prompt: int, tp: int) -> float:
@@ -196,10 +201,7 @@ def prefill_attention_us(model: ModelSpec, accelerator: Accelerator, prompt: int
     memory = time.weight_us / tp + prompt * time.cache_us
     arithmetic = prompt * (time.token_us + (prompt + 1) / 2 * time.score_us)
     total = time.launch_us + max(memory, arithmetic)
-    if tp > 1:
-        moved = 2 * (tp - 1) * prompt * model.hidden * ACTIVATION_BYTES
-        total += accelerator.scale_up_latency_us + moved * 1e-3 / accelerator.scale_up_effective_gb_per_s
-    return total
+    return total + reduce_us(model, accelerator, prompt * tp, tp)
 
 
 def dense_us(model: ModelSpec, accelerator: Accelerator, tokens: float, tp: int) -> float:
