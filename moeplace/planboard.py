@@ -6,11 +6,13 @@ import sys
 import time
 from collections.abc import Sequence
 
+from moeplace.planning.compare import KindRow, LinkRow, kind_rows, link_rows
 from moeplace.planning.explain import budget_rows, counts_sentence, infeasible_sentences
 from moeplace.planning.outcome import Outcome
 from moeplace.planning.pareto import pareto_set
 from moeplace.planning.pricebook import PriceBook
 from moeplace.planning.search import Found, Progress
+from moeplace.planning.wafer import WaferRow
 from moeplace.report import console, say, say_wrapped, write_lines, write_table
 
 TELL_EVERY_S = 2.0
@@ -22,9 +24,52 @@ def write_front(found: Found, book: PriceBook, percentile: float) -> None:
     front = pareto_set(found.outcomes, found.axes)
     if front:
         write_table(front_rows(front, book, percentile), right=range(4, 11))
+    _write_kinds(kind_rows(found.outcomes), book)
+    _write_links(link_rows(found.outcomes), book)
     for sentence in infeasible_sentences(found):
         say_wrapped(sentence, out, "yellow", indent="  ")
     say(counts_sentence(found), out, "dim")
+
+
+def _write_kinds(rows: Sequence[KindRow], book: PriceBook) -> None:
+    """Write the best of each kind of topology, where there are several."""
+    if len(rows) < 2:
+        return
+    out = console()
+    say("", out)
+    say("least cost of each topology", out, "bold")
+    table = [["topology", "id", "tokens/s/GPU", f"{book.unit}/Mtoken", "even with scale-up where the network is"]]
+    for row in rows:
+        even = "" if row.even_share is None else f"{abs(row.even_share):.1%} of its price"
+        cells = [row.best.deployment.topology_name, row.best.deployment.id, f"{row.best.per_gpu:,.0f}"]
+        table.append([*cells, shown(row.best.usd_per_million), even])
+    write_table(table, right=(2, 3))
+
+
+def _write_links(rows: Sequence[LinkRow], book: PriceBook) -> None:
+    """Write what each scale-up bandwidth buys, where several were tried."""
+    if not rows:
+        return
+    out = console()
+    say("", out)
+    say("scale-up bandwidth, against the widest", out, "bold")
+    table = [["topology", "accelerator", "GB/s", "id", "tokens/s/GPU", "price", f"tokens/{book.unit}"]]
+    for row in rows:
+        changes = (row.throughput_change, row.price_change, row.per_usd_change)
+        cells = [row.kind, row.accelerator, f"{row.link_gb_per_s:g}", row.best.deployment.id]
+        table.append([*cells, *[f"{change:+.1%}" for change in changes]])
+    write_table(table, right=(2, 4, 5, 6))
+
+
+def write_wafer(rows: Sequence[WaferRow]) -> None:
+    """Write ways to place experts and requests on a wafer, and the change of each from the first."""
+    base = rows[0].step_us
+    table = [["experts", "requests", "MoE layers [µs]", "compute", "network", "hops", "max/mean", "change"]]
+    for row in rows:
+        times = [f"{value:,.0f}" for value in (row.step_us, row.compute_us, row.network_us)]
+        ratios = [f"{row.hops:.2f}", f"{row.busiest_over_mean:.3f}", f"{row.step_us / base - 1:+.1%}"]
+        table.append([row.placement, row.homes, *times, *ratios])
+    write_table(table, right=range(2, 8))
 
 
 def front_rows(front: Sequence[Outcome], book: PriceBook, percentile: float) -> list[list[str]]:

@@ -147,6 +147,7 @@ def test_outcomes_survive_the_file() -> None:
     evaluator = toy_evaluator(demands=Demands(tpot_ms=0.01))
     own = Deployment(kind="torus", dims=(2, 2, 2), accelerator="h100", link_gb_per_s=450, batch=16)
     outcome = judge(own, evaluator)
+    assert Outcome.of_dict(json.loads(json.dumps(outcome.to_dict(exact=True)))) == outcome
     back = Outcome.of_dict(json.loads(json.dumps(outcome.to_dict())))
     assert back.deployment == own
     assert back.breaches[0].constraint == "--tpot"

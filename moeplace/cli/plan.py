@@ -24,8 +24,9 @@ Examples:
   moeplace plan trace.npz --model deepseek-v3 --tpot 50 --max-price 3000000 --results plan.jsonl
   moeplace plan trace.npz --topologies torus:4x4x4,scale-up --accelerators h100 --batches 32,64 --json
   moeplace plan trace.npz --overlaps none,ping-pong --attention-accelerators h20 --accelerators l40s
-  moeplace plan trace.npz --link-scales 0.25,0.5,1 --ep-sizes 64 --prices mine.toml
+  moeplace plan trace.npz --link-scales 0.25,0.5,1 --ep-sizes 64 --prices mine.toml --plot plan.png
   moeplace plan trace.npz --model deepseek-v3 --ep-sizes 64 --explain 09b1fab
+  moeplace plan trace.npz --wafer 8x8 --accelerators tpu-v5p --batches 4
 """
 EXIT_INFEASIBLE, EXIT_NOTHING_FOUND = 3, 4
 
@@ -83,6 +84,8 @@ class Listed(click.ParamType):  # type: ignore[type-arg] # generic since click 8
 @option("--seed", type=Whole(0), default=0, help="Seed of draws and solvers.")
 @option("--time-limit", type=Duration(), help="Judge no further deployment after this time: 90, 90s, 5m.")
 @option("--results", type=click.Path(dir_okay=False), help="File that keeps every outcome: the search goes on there.")
+@option("--plot", metavar="FILE", help="Draw cost against latency, and against bandwidth: FILE ends in png, pdf, svg.")
+@option("--wafer", metavar="ROWSxCOLUMNS", help="Compare placements on a mesh of dies (first accelerator) instead.")
 @option("--explain", metavar="ID", help="Show one deployment's budget of time, money and memory instead.")
 @threads
 @common
@@ -96,12 +99,17 @@ def plan_command(trace: str, **options: Any) -> int:
     from moeplace.planboard import PlanLog, write_front
     from moeplace.planning.document import plan_to_dict
     from moeplace.planning.explain import network_sentences, price_sentences, workload_sentences
+    from moeplace.planning.figures import check_figures, draw_plan
     from moeplace.planning.search import Results, search
     from moeplace.planning.space import deployments
     from moeplace.report import write_json
 
     check_paths([trace], options["results"])
+    if options["plot"]:
+        check_figures(options["plot"])
     space, evaluator, fitted = _setup(trace, options)
+    if options["wafer"]:
+        return _wafer(space, evaluator, options)
     found = deployments(space, evaluator.workload.model, evaluator.workload.context)
     if options["explain"]:
         return _explain(options["explain"], found, evaluator, as_json=options["as_json"])
@@ -123,6 +131,9 @@ def plan_command(trace: str, **options: Any) -> int:
         write_json(plan_to_dict(result, evaluator, assumed))
     else:
         write_front(result, evaluator.book, evaluator.demands.percentile)
+    if options["plot"]:
+        for file in draw_plan(result.outcomes, evaluator.book, options["plot"]):
+            click.echo(f"drawn: {file}", err=True)
     return _exit_code(result, options)
 
 
@@ -208,6 +219,26 @@ def _space(accelerators: tuple[dict[str, Any], dict[str, Any]], options: dict[st
         overlaps=options["overlaps"],
         link_scales=options["link_scales"],
     )
+
+
+def _wafer(space: Space, evaluator: Evaluator, options: dict[str, Any]) -> int:
+    from dataclasses import asdict
+
+    from moeplace.planboard import write_wafer
+    from moeplace.planning.space import lengths
+    from moeplace.planning.wafer import compare_wafer
+    from moeplace.report import write_json
+    from moeplace.topology import build_topology
+
+    mesh = build_topology("mesh", lengths(options["wafer"], "mesh"), next(iter(space.accelerators.values())))
+    rows = compare_wafer(evaluator.workload, evaluator.stats, mesh, space.batches[0])
+    if options["as_json"]:
+        shown = [{k: v if isinstance(v, str) else round(v, 6) for k, v in asdict(row).items()} for row in rows]
+        document = {"schema": "moeplace/plan-wafer/1", "topology": mesh.name, "accelerator": mesh.accelerator.name}
+        write_json({**document, "batch": space.batches[0], "rows": shown})
+    else:
+        write_wafer(rows)
+    return 0
 
 
 def _explain(wanted: str, found: list[Deployment], evaluator: Evaluator, *, as_json: bool) -> int:

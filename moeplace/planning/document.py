@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from moeplace.planning.compare import compare_document
 from moeplace.planning.evaluate import Evaluator
 from moeplace.planning.explain import counts_sentence, infeasible_sentences
 from moeplace.planning.pareto import pareto_set
@@ -41,5 +42,6 @@ def plan_to_dict(
         "infeasible": list(infeasible_sentences(found)),
         "complete": not found.unjudged,
         "assumptions": list(assumed),
+        **compare_document(found.outcomes),
         **(more or {}),
     }

@@ -120,8 +120,12 @@ class Outcome:
         """Copy with some fields changed."""
         return replaced(self, **changes)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it for a document."""
+    def to_dict(self, *, exact: bool = False) -> dict[str, Any]:
+        """Return it for a document; ``exact`` keeps all digits, so that it can be read back as it is."""
+        if exact:
+            own = {name: getattr(self, name) for name in self.__slots__}
+            own["breaches"] = [asdict(breach) for breach in self.breaches]
+            return own | {"deployment": self.deployment.to_dict()}
         plain = {
             "kind": self.kind,
             "tpot_ms": _rounded(self.tpot_ms),

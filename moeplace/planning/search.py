@@ -1,8 +1,9 @@
 """The search: every deployment is screened, then bounded, then timed unless others are known to be better in all.
 
-Exhaustive but for what bounds exclude: a deployment is left out only where one that was timed, and keeps every
-constraint, is at least as good on every axis as the other's bounds are, and better on one. What is kept on disk are
-outcomes, one a line, so that a search that was stopped goes on where it was.
+Exhaustive but for what bounds exclude: a deployment is left out only where one of its own kind of topology (and, where
+several bandwidths are tried, of its accelerator and bandwidth) that was timed, and keeps every constraint, is at least
+as good on every axis as the other's bounds are, and better on one: so the best of each kind is known too. What is kept
+on disk are outcomes, one a line, so that a search that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def search(
         With Ctrl-C (``KeyboardInterrupt``) what was judged so far.
     """
     started, axes = time.monotonic(), axes_of(evaluator)
-    run = _Run(evaluator, axes, {} if results is None else results.load())
+    run = _Run(evaluator, found, {} if results is None else results.load())
     interrupted = late = False
     pool = ThreadPoolExecutor(threads)
     try:
@@ -126,16 +127,25 @@ def search(
 class _Run:
     """What is known while a search runs."""
 
-    def __init__(self, evaluator: Evaluator, axes: tuple[str, ...], kept: dict[str, Outcome]) -> None:
+    def __init__(self, evaluator: Evaluator, found: Sequence[Deployment], kept: dict[str, Outcome]) -> None:
         self.kept = kept
         self.judged: dict[str, Outcome] = {}
-        self._best: list[tuple[float, ...]] = []
-        self._evaluator, self._axes = evaluator, axes
+        self._best: dict[object, list[tuple[float, ...]]] = {}
+        self._evaluator, self._axes = evaluator, axes_of(evaluator)
+        links = {(own.accelerator, own.link_gb_per_s) for own in found}
+        self._by_link = len(links) > len({accelerator for accelerator, _ in links})
+
+    def _rivals(self, own: Deployment) -> list[tuple[float, ...]]:
+        """Merits of what was timed and may exclude a deployment."""
+        links = (own.accelerator, own.link_gb_per_s) if self._by_link else ()
+        return self._best.setdefault((own.kind, bool(own.attention_gpus), links), [])
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
         """Note what was judged."""
         self.judged |= {outcome.deployment.id: outcome for outcome in outcomes}
-        self._best += [merits(outcome, self._axes) for outcome in outcomes if outcome.feasible]
+        for outcome in outcomes:
+            if outcome.feasible:
+                self._rivals(outcome.deployment).append(merits(outcome, self._axes))
 
     def wave(self, entries: Sequence[Entry], pool: ThreadPoolExecutor) -> Iterator[list[Outcome]]:
         """Judge some cells at the same time; what excludes them is what was known before, whatever the threads."""
@@ -155,7 +165,7 @@ class _Run:
             for one in bounds
             if one.deployment.id not in self.kept
             and not one.breaches
-            and not any(dominates(other, merits(one, self._axes)) for other in self._best)
+            and not any(dominates(other, merits(one, self._axes)) for other in self._rivals(one.deployment))
         ]
 
     def _excluded(self, one: Outcome) -> Outcome:
@@ -226,7 +236,9 @@ class Results:
         return {outcome.deployment.id: outcome for outcome in outcomes}
 
     def save(self, outcomes: Sequence[Outcome]) -> None:
-        """Add outcomes."""
+        """Add outcomes, every number as it is."""
+        if not outcomes:
+            return
         try:
             if self._file is None:
                 fresh = not self.path.exists() or not self.path.stat().st_size
@@ -234,7 +246,7 @@ class Results:
                 # a line that a kill cut off must not swallow the next one
                 self._file.write(json.dumps(self._head, sort_keys=True) + "\n" if fresh else "\n")
             for outcome in outcomes:
-                self._file.write(json.dumps(outcome.to_dict(), sort_keys=True) + "\n")
+                self._file.write(json.dumps(outcome.to_dict(exact=True), sort_keys=True) + "\n")
             self._file.flush()
         except OSError as error:
             raise OutputError(f"cannot be written: {error.strerror}", where=str(self.path)) from error

@@ -64,7 +64,7 @@ class Space:
             if kind not in PLANNED_KINDS:
                 raise unknown_name("topology kind", kind, PLANNED_KINDS)
             if text:
-                yield kind, _lengths(text, name), node
+                yield kind, lengths(text, name), node
                 continue
             for gpus in self.ep_sizes:
                 dims = dims_for(kind, gpus, min(node, NODE_GPUS))
@@ -72,7 +72,8 @@ class Space:
                     yield kind, dims, node
 
 
-def _lengths(text: str, name: str) -> tuple[int, ...]:
+def lengths(text: str, name: str) -> tuple[int, ...]:
+    """Read ``4x4x4``; ``name`` is what an error calls it."""
     try:
         return tuple(int(length) for length in text.split("x"))
     except ValueError:
