@@ -11,6 +11,7 @@ from moeplace.planning.evaluate import Evaluator
 from moeplace.planning.memory import USABLE_SHARE, USABLE_SOURCE
 from moeplace.planning.outcome import BOUNDED, Breach, Outcome
 from moeplace.planning.search import Found
+from moeplace.planning.workload import MANY_GPUS
 from moeplace.topology import SCALE_UP
 
 RELAX = {
@@ -31,8 +32,8 @@ def workload_sentences(evaluator: Evaluator, fitted: str) -> tuple[str, ...]:
         f"model {model.name}: {model.num_layers} layers, {model.num_moe_layers} of them with {model.num_experts} "
         f"experts, top-{model.top_k}, {model.weight_bytes:g} bytes a weight",
         f"a request that decodes looks at {work.context:,.0f} tokens; a prompt has {work.prompt:,}",
-        f"{plural(work.steps, 'step')} of every size drawn from {plural(requests, 'request')}, seed {work.seed}; where "
-        "a step holds more, one stands for several",
+        f"{plural(work.steps, 'step')} of every size drawn from {plural(requests, 'request')}, seed {work.seed}, "
+        f"fewer beyond {MANY_GPUS} GPUs; where a step holds more, one stands for several",
         f"experts placed by {evaluator.solver} for each topology, {fitted}",
         f"{USABLE_SHARE:.0%} of memory is usable: {USABLE_SOURCE}",
         "times are model outputs; embeddings, sampling, scheduling and queueing are left out",

@@ -14,7 +14,7 @@ from moeplace.trace import DECODE, PHASES, PREFILL, Counts, Trace, TraceStream
 
 POOL_TOKENS = 40_000  # of each phase that are kept in memory
 DEFAULT_STEPS = 32
-FEWEST_STEPS, MANY_GPUS = 8, 64
+FEWEST_STEPS, MANY_GPUS = 4, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
