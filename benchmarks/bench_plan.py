@@ -70,7 +70,7 @@ def _evaluator(trace: Trace, seed: int, names: tuple[str, ...], steps: int, solv
 
 
 def _topologies(trace: Trace, seed: int) -> list[Case]:
-    evaluator = _evaluator(trace, seed, ("h100",), 8, "auto")
+    evaluator = _evaluator(trace, seed, ("h100",), 8, "balance+relabel")
     space = Space(
         accelerators=evaluator.accelerators,
         ep_sizes=(64,),
@@ -234,7 +234,7 @@ def _wafer(trace: Trace, seed: int) -> list[Case]:
 
 def _default_search(trace: Trace, seed: int) -> list[Case]:
     """4 topologies × 3 accelerators × 6 EP sizes × 5 batches, with and without overlap, on two threads."""
-    evaluator = _evaluator(trace, seed, DEFAULT_ACCELERATORS, 32, "auto")
+    evaluator = _evaluator(trace, seed, DEFAULT_ACCELERATORS, 32, "balance+relabel")
     found = deployments(Space(accelerators=evaluator.accelerators), evaluator.workload.model)
     started, used = time.perf_counter(), time.process_time()
     result = search(found, evaluator, threads=2)

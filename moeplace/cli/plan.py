@@ -78,7 +78,7 @@ class Listed(click.ParamType):  # type: ignore[type-arg] # generic since click 8
 @option("--max-price", type=click.FloatRange(min=0, min_open=True), help="Most that an instance may cost to buy.")
 @option("--prices", metavar="NAME", default="street", help="Price book: street, megascale or a TOML file.")
 @option("--network-share", type=Share(), help="Scale network prices to this share of a scale-up cluster's price.")
-@option("--solver", "-s", default="auto", help="Who places experts on each topology (moeplace list solvers).")
+@option("--solver", "-s", default="balance+relabel", help="Who places experts (moeplace list solvers).")
 @option("--fit", metavar="SPLIT", default="half:0", help="Part that placements are fitted on; judged on the rest.")
 @option("--steps", type=Whole(4), default=32, help="Steps drawn for each deployment.")
 @option("--seed", type=Whole(0), default=0, help="Seed of draws and solvers.")

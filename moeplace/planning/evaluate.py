@@ -91,7 +91,7 @@ class Evaluator:
     accelerators: Mapping[str, Accelerator]
     book: PriceBook
     demands: Demands = field(default_factory=Demands)
-    solver: str = "auto"
+    solver: str = "balance+relabel"
     work: float = 0.2
     stop: threading.Event = field(default_factory=threading.Event)
     _placements: dict[tuple[object, ...], Placement] = field(default_factory=dict)

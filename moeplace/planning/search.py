@@ -184,7 +184,8 @@ def _queue(found: Sequence[Deployment], evaluator: Evaluator) -> list[Entry]:
     queue = []
     for cell in cells(found):
         screened = [evaluator.screen(own) for own in cell]
-        queue.append((cell, [one if one.breaches else evaluator.bound(one) for one in screened]))
+        # what is ruled out is bounded too: other constraints may stand in its way besides
+        queue.append((cell, [evaluator.bound(one) for one in screened]))
 
     def promise(entry: Entry) -> float:
         rates = [(one.per_usd or 0.0, one.per_gpu) for one in entry[1] if not one.breaches]
