@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from moeplace.planning.compare import KindRow, LinkRow, kind_rows, link_rows
+from moeplace.planning.compare import KindRow, LinkRow, batch_rows, kind_rows, link_rows
 from moeplace.planning.explain import budget_rows, counts_sentence, infeasible_sentences
 from moeplace.planning.outcome import Outcome
 from moeplace.planning.pareto import pareto_set
@@ -25,6 +25,7 @@ def write_front(found: Found, book: PriceBook, percentile: float) -> None:
     if front:
         write_table(front_rows(front, book, percentile), right=range(4, 11))
     _write_kinds(kind_rows(found.outcomes), book)
+    _write_batches(*batch_rows(found.outcomes), book)
     _write_links(link_rows(found.outcomes), book)
     for sentence in infeasible_sentences(found):
         say_wrapped(sentence, out, "yellow", indent="  ")
@@ -44,6 +45,23 @@ def _write_kinds(rows: Sequence[KindRow], book: PriceBook) -> None:
         cells = [row.best.deployment.topology_name, row.best.deployment.id, f"{row.best.per_gpu:,.0f}"]
         table.append([*cells, shown(row.best.usd_per_million), even])
     write_table(table, right=(2, 3))
+
+
+def _write_batches(batches: Sequence[int], rows: Sequence[tuple[str, list[Outcome | None]]], book: PriceBook) -> None:
+    """Write what each topology gives for its cost at each batch, where there are several of both."""
+    if len(batches) < 2 or len(rows) < 2:
+        return
+    out = console()
+    say("", out)
+    say(
+        f"million tokens for 1 {book.unit}, by requests for each GPU (-: beaten, or over a limit)",
+        out,
+        "bold",
+    )
+    table = [["topology", *map(str, batches)]]
+    for kind, ones in rows:
+        table.append([kind, *[shown(None if one is None else (one.per_usd or 0.0) / 1e6) for one in ones]])
+    write_table(table, right=range(1, len(table[0])))
 
 
 def _write_links(rows: Sequence[LinkRow], book: PriceBook) -> None:

@@ -201,3 +201,24 @@ def test_the_command_compares_a_wafer(shell: Shell) -> None:
 def test_the_command_refuses_counts(shell: Shell) -> None:
     """Counts do not tell which tokens make a step."""
     shell.fails("plan counts.npz --accelerators h100", "per-token trace")
+
+
+def test_the_library_s_twin_finds_what_the_command_finds(shell: Shell) -> None:
+    """The same outcomes from moeplace.plan as in the command's document."""
+    import moeplace
+
+    trace = moeplace.open_trace(shell.folder / "t.npz")
+    fit, test = (moeplace.select(trace, split=moeplace.parse_split("half:0"), part=part) for part in ("fit", "test"))
+    space = Space(accelerators={"h100": moeplace.load_accelerator("h100")}, ep_sizes=(4, 8), batches=(4, 16))
+    found = moeplace.plan(fit, test, space, solver="eplb", steps=4, threads=2)
+    document = json.loads(shell(f"{SMALL} --json").out)
+    assert [one.to_dict() for one in found.outcomes] == document["deployments"]
+    assert document["topologies_by_batch"]
+
+
+def test_prices_are_listed(shell: Shell) -> None:
+    """Every number of every book, with its date and source."""
+    rows = json.loads(shell("list prices --json").out)["entries"]
+    assert {row["book"] for row in rows} == {"street", "megascale"}
+    assert all(row["source"] for row in rows)
+    assert "accelerators.h20.usd" in shell("list prices").out

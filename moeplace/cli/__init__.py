@@ -30,7 +30,7 @@ COMMANDS = {
     "diff": ("moeplace.cli.files", "Compare two placements: what moves, from where, in what order."),
     "convert": ("moeplace.cli.convert", "Turn a trace into another native format, or a part of it."),
     "synth": ("moeplace.cli.synth", "Make a synthetic trace in the shape of a model."),
-    "list": ("moeplace.cli.info", "List solvers, topologies, models, accelerators or formats."),
+    "list": ("moeplace.cli.info", "List solvers, topologies, models, accelerators, prices or formats."),
     "help": ("moeplace.cli.guides", "Tell how to record, place and load with a serving stack."),
     "doctor": ("moeplace.cli.info", "Show versions and what this machine can run."),
 }

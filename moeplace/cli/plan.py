@@ -29,6 +29,7 @@ Examples:
   moeplace plan trace.npz --wafer 8x8 --accelerators tpu-v5p --batches 4
 """
 EXIT_INFEASIBLE, EXIT_NOTHING_FOUND = 3, 4
+EVALUATED = ("model", "prices", "network_share", "solver", "threads", "context", "prompt", "steps", "seed")
 
 
 class Listed(click.ParamType):  # type: ignore[type-arg] # generic since click 8.4
@@ -76,7 +77,7 @@ class Listed(click.ParamType):  # type: ignore[type-arg] # generic since click 8
 @option("--percentile", type=click.FloatRange(1, 99.9), default=95.0, help="Of step times that the limits are for.")
 @option("--max-gpus", type=Whole(1), help="Most GPUs of an instance.")
 @option("--max-price", type=click.FloatRange(min=0, min_open=True), help="Most that an instance may cost to buy.")
-@option("--prices", metavar="NAME", default="street", help="Price book: street, megascale or a TOML file.")
+@option("--prices", metavar="NAME", default="street", help="Price book (moeplace list prices) or a TOML file.")
 @option("--network-share", type=Share(), help="Scale network prices to this share of a scale-up cluster's price.")
 @option("--solver", "-s", default="balance+relabel", help="Who places experts (moeplace list solvers).")
 @option("--fit", metavar="SPLIT", default="half:0", help="Part that placements are fitted on; judged on the rest.")
@@ -93,8 +94,9 @@ def plan_command(trace: str, **options: Any) -> int:
     """Find the cluster, topology and split that serve a TRACE at the least cost per token.
 
     Every deployment is placed by a solver, timed on steps drawn from the trace and priced by a dated price book; shown
-    are those that no other beats in cost, throughput per GPU, energy and time per token. Times are model outputs and
-    prices assumptions: read ratios, and replace what you know better.
+    are those that no other beats in cost, throughput per GPU, energy and time per token. A deployment is one instance;
+    a larger cluster holds several. Times are model outputs and prices assumptions: read ratios, and replace what you
+    know better.
     """
     from moeplace.planboard import PlanLog, write_front
     from moeplace.planning.document import plan_to_dict
@@ -150,51 +152,32 @@ def _exit_code(result: Found, options: dict[str, Any]) -> int:
 
 def _setup(trace: str, options: dict[str, Any]) -> tuple[Space, Evaluator, str]:
     """What is searched, who judges it, and on what placements are fitted."""
-    from moeplace.affinity import count_routing
-    from moeplace.build import model_for
-    from moeplace.planning.economics import with_network_share
-    from moeplace.planning.evaluate import Demands, Evaluator
-    from moeplace.planning.pricebook import load_price_book
+    from moeplace.planning.evaluate import Demands
+    from moeplace.planning.run import make_evaluator
     from moeplace.planning.space import DEFAULT_ACCELERATORS
-    from moeplace.planning.workload import make_workload
     from moeplace.solvers import AUTO, load_solver
-    from moeplace.topology import build_topology
 
     for part in options["solver"].split("+"):
         if part != AUTO:
             load_solver(part)
-    book = load_price_book(options["prices"])
     accelerators = _accelerators(options["accelerators"] or DEFAULT_ACCELERATORS)
     attention = _accelerators(options["attention_accelerators"] or ())
-    space = _space((accelerators, attention), options)
-    source = open_source(trace, options, split=options["fit"], part="test")
-    stats = count_routing(open_source(trace, options, split=options["fit"]), threads=options["threads"])
-    workload = make_workload(
-        source,
-        model_for(source.meta, options["model"]),
-        context=options["context"],
-        prompt=options["prompt"],
-        steps=options["steps"],
-        seed=options["seed"],
+    demands = Demands(
+        tpot_ms=options["tpot"],
+        ttft_ms=options["ttft"],
+        percentile=options["percentile"],
+        max_gpus=options["max_gpus"],
+        max_usd=options["max_price"],
     )
-    if options["network_share"] is not None:
-        base = build_topology("scale-up", (64,), next(iter(accelerators.values())))
-        book = with_network_share(book, base, options["network_share"])
-    evaluator = Evaluator(
-        workload=workload,
-        stats=stats,
-        accelerators={**accelerators, **attention},
-        book=book,
-        demands=Demands(
-            tpot_ms=options["tpot"],
-            ttft_ms=options["ttft"],
-            percentile=options["percentile"],
-            max_gpus=options["max_gpus"],
-            max_usd=options["max_price"],
-        ),
-        solver=options["solver"],
+    evaluator = make_evaluator(
+        open_source(trace, options, split=options["fit"]),
+        open_source(trace, options, split=options["fit"], part="test"),
+        {**accelerators, **attention},
+        demands=demands,
+        **{name: options[name] for name in EVALUATED},
     )
-    return space, evaluator, f"fitted on {options['fit']} of the requests and judged on the others"
+    fitted = f"fitted on {options['fit']} of the requests and judged on the others"
+    return _space((accelerators, attention), options), evaluator, fitted
 
 
 def _accelerators(names: tuple[str, ...]) -> dict[str, Any]:

@@ -81,6 +81,23 @@ def kind_rows(outcomes: Sequence[Outcome]) -> list[KindRow]:
     return sorted(rows, key=lambda row: (-(row.best.per_usd or 0.0), row.kind))
 
 
+def batch_rows(outcomes: Sequence[Outcome]) -> tuple[list[int], list[tuple[str, list[Outcome | None]]]]:
+    """Batches, and kind by kind the best deployment of each; None where none was timed, or none keeps the limits."""
+    together = [one for one in outcomes if not one.deployment.attention_gpus]
+    batches = sorted({one.deployment.batch for one in together})
+    rows = [
+        (
+            kind,
+            [
+                best_of(one for one in together if (one.deployment.kind, one.deployment.batch) == (kind, batch))
+                for batch in batches
+            ],
+        )
+        for kind in dict.fromkeys(one.deployment.kind for one in together)
+    ]
+    return batches, rows
+
+
 def even_share(base: Outcome, other: Outcome) -> float | None:
     """Network's share in the price of ``base`` at which both buy as many tokens per second; None if at no share."""
     factor = break_even_factor((base.tokens_per_s, bill_of(base)), (other.tokens_per_s, bill_of(other)))
@@ -135,7 +152,14 @@ def compare_document(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     def rounded(value: float | None) -> float | None:
         return None if value is None else round(value, 6)
 
+    batches, by_batch = batch_rows(outcomes)
     return {
+        "topologies_by_batch": [
+            {"kind": kind, "batch": batch, "best": one.deployment.id, "per_usd": rounded(one.per_usd)}
+            for kind, ones in by_batch
+            for batch, one in zip(batches, ones, strict=True)
+            if one is not None
+        ],
         "topologies": [
             {"kind": row.kind, "best": row.best.deployment.id, "even_network_share": rounded(row.even_share)}
             for row in kind_rows(outcomes)

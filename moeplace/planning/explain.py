@@ -67,17 +67,13 @@ def price_sentences(evaluator: Evaluator) -> tuple[str, ...]:
     """Every price in use, with its source."""
     book = evaluator.book
     said = [f"prices: book {book.name} of {book.date}, in {book.unit}; no book is authoritative, see --prices"]
-    for key, source in book.sources.items():
+    for key, value in book.numbers().items():
         table, _, rest = key.partition(".")
-        if table == "accelerators":
-            name, _, what = rest.rpartition(".")
-            if name not in evaluator.accelerators:
-                continue
-            value = book.accelerator_usd[name] if what == "usd" else book.accelerator_watts[name]
-            said.append(f"{name}: {value:,g} {book.unit if what == 'usd' else 'W'} ({source})")
-            continue
-        value = getattr(book.network if table == "network" else book, rest)
-        said.append(f"{rest} {value:,.4g} ({source})")
+        name, _, what = rest.rpartition(".")
+        if table == "accelerators" and name in evaluator.accelerators:
+            said.append(f"{name}: {value:,g} {book.unit if what == 'usd' else 'W'} ({book.sources[key]})")
+        elif table != "accelerators":
+            said.append(f"{rest} {value:,.4g} ({book.sources[key]})")
     for name in evaluator.accelerators:
         if name not in book.accelerator_usd:
             said.append(f"{name}: no price in the book; compared by GPU and time alone")

@@ -16,6 +16,7 @@ from moeplace.planning.pricebook import PriceBook
 
 FORMATS = ("png", "pdf", "svg")
 COLOURS = {"scale-up": "C0", "scale-out": "C1", "torus": "C2", "full-mesh": "C3", "mesh": "C4"}
+LINES = {"scale-up": "o-", "scale-out": "s-", "torus": "^-", "full-mesh": "v--", "mesh": "x-"}
 MARKS = {"none": "o", "dual-batch": "^", "ping-pong": "s"}
 INCHES, DOTS_PER_INCH = (7.0, 4.5), 150
 
@@ -82,9 +83,8 @@ def _latency(axes: Any, outcomes: Sequence[Outcome], book: PriceBook) -> None:
                 x, y = [one.latency_ms for one in own], [(one.per_usd or 0.0) / 1e6 for one in own]
                 axes.scatter(x, y, s=14, alpha=0.6, color=COLOURS[kind], marker=mark, label=label)
     front = sorted(pareto_set(priced, (PER_USD, LATENCY)), key=lambda one: one.latency_ms)
-    axes.plot(
-        [one.latency_ms for one in front], [(one.per_usd or 0.0) / 1e6 for one in front], "k-", lw=1, label="front"
-    )
+    x, y = [one.latency_ms for one in front], [(one.per_usd or 0.0) / 1e6 for one in front]
+    axes.step(x, y, "k-", where="post", lw=1, label="front")
     axes.set_xlabel("time per output token [ms]")
     axes.set_ylabel(f"million tokens for 1 {book.unit}")
     axes.set_xscale("log")
@@ -101,10 +101,9 @@ def _bandwidth(axes: Any, outcomes: Sequence[Outcome], book: PriceBook) -> None:
             key=lambda row: row.link_gb_per_s,
         )
         x, y = [row.link_gb_per_s for row in own], [row.best.usd_per_million or 0.0 for row in own]
-        axes.plot(x, y, "o-", ms=4, lw=1, color=COLOURS[kind], alpha=0.8, label=f"{kind}, {accelerator}")
+        axes.plot(x, y, LINES[kind], ms=4, lw=1, color=COLOURS[kind], alpha=0.8, label=f"{kind}, {accelerator}")
     axes.set_xlabel("scale-up bandwidth of an accelerator [GB/s]")
     axes.set_ylabel(f"{book.unit} for a million tokens")
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
 

@@ -96,6 +96,18 @@ class PriceBook:
         power = (watts or 0.0) * self.power_overhead / 1000 * self.usd_per_kwh
         return usd / (self.amortisation_years * HOURS_PER_YEAR) + power
 
+    def numbers(self) -> dict[str, float]:
+        """Dotted key → number, all of the book's, sorted."""
+        found: dict[str, float] = {}
+        for key in self.sources:
+            table, _, rest = key.partition(".")
+            name, _, what = rest.rpartition(".")
+            if table == "accelerators":
+                found[key] = (self.accelerator_usd if what == "usd" else self.accelerator_watts)[name]
+            else:
+                found[key] = getattr(self.network if table == "network" else self, rest)
+        return found
+
     def replace(self, **changes: object) -> PriceBook:
         """Copy with some fields changed."""
         return replaced(self, **changes)
