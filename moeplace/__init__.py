@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from moeplace.model import load_model as load_model
     from moeplace.parts import parted as parted
     from moeplace.placement import Placement as Placement
+    from moeplace.planning.pricebook import load_price_book as load_price_book
+    from moeplace.planning.run import plan as plan
     from moeplace.problem import Problem as Problem
     from moeplace.readers import open_trace as open_trace
     from moeplace.readers import read_trace as read_trace
@@ -90,6 +92,8 @@ _HOMES = {
     "model": ("ModelSpec", "load_model"),
     "parts": ("parted",),
     "placement": ("Placement",),
+    "planning.pricebook": ("load_price_book",),
+    "planning.run": ("plan",),
     "problem": ("Problem",),
     "readers": ("open_trace", "read_trace"),
     "reduction": ("counts_of",),

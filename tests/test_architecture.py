@@ -19,7 +19,7 @@ HOMES = {  # package → where it may be imported, by the start of the file's pa
     "rich": ("report.py", "cli/"),
     "pulp": ("milp/cbc.py",),
     "ortools": ("milp/cpsat.py", "chains/duals.py"),
-    "matplotlib": ("plots.py",),
+    "matplotlib": ("plots.py", "planning/figures.py"),
     "torch": ("readers/",),
     "numba": ("counting.py", "chains/eigen.py"),
 }

@@ -384,6 +384,7 @@ def test_json_of_every_command_is_sorted_and_repeats(shell: Shell) -> None:
         "solve": "solve t.npz --json",
         "score": "score t.npz p.json linear --json --batches 5",
         "compare": "compare t.npz -s linear,eplb --num-gpus 2 --seeds 2 --batches 5 --json",
+        "plan": "plan t.npz --ep-sizes 4 --batches 4 --steps 4 --accelerators h100 -t scale-up -s eplb --json",
         "stats": "stats t.npz --json",
         "export": "export p.json --format vllm-ascend -o a.json --json",
         "check": "check a.json --num-gpus 8 --json",

@@ -18,7 +18,7 @@ Examples:
   moeplace doctor
   moeplace doctor --json
 """
-KINDS = ("solvers", "topologies", "models", "accelerators", "formats")
+KINDS = ("solvers", "topologies", "models", "accelerators", "prices", "formats")
 HEADS = {
     "gpus": "GPUs",
     "local_gb_per_s": "in node GB/s",
@@ -51,7 +51,7 @@ EXTRAS = {
 @click.argument("kind", type=click.Choice(KINDS))
 @common
 def list_command(kind: str, **options: Any) -> None:
-    """List solvers, topologies, models, accelerators or formats."""
+    """List solvers, topologies, models, accelerators, prices or formats."""
     from moeplace.report import write_json, write_table
 
     rows = {
@@ -59,6 +59,7 @@ def list_command(kind: str, **options: Any) -> None:
         "topologies": _topologies,
         "models": _models,
         "accelerators": _accelerators,
+        "prices": _prices,
         "formats": _formats,
     }[kind]()
     if options["as_json"]:
@@ -139,6 +140,17 @@ def _accelerators() -> list[dict[str, Any]]:
     return [
         {"name": name} | {field: getattr(load_accelerator(name), field) for field in names}
         for name in list_accelerators()
+    ]
+
+
+def _prices() -> list[dict[str, Any]]:
+    from moeplace.planning.pricebook import list_price_books, load_price_book
+
+    books = [load_price_book(name) for name in list_price_books()]
+    return [
+        {"book": book.name, "date": book.date, "key": key, "value": value, "source": book.sources[key]}
+        for book in books
+        for key, value in book.numbers().items()
     ]
 
 

@@ -144,9 +144,11 @@ class _Network:
     @classmethod
     def of(cls, topology: Topology, copies: npt.NDArray[np.floating | np.integer]) -> _Network:
         """Lay traffic between ranks out by position."""
-        position = np.arange(topology.num_gpus) if topology.coordinates is None else topology.coordinates
-        rank = np.argsort(position)
-        return cls(topology.kind, topology.dims, np.asarray(copies, np.float64)[..., rank[:, None], rank[None, :]])
+        laid = np.asarray(copies, np.float64)
+        if topology.coordinates is not None:
+            rank = np.argsort(topology.coordinates)
+            laid = laid[..., rank[:, None], rank[None, :]]
+        return cls(topology.kind, topology.dims, laid)
 
     def scheduled(self) -> Movement:
         """Chunks that visit the dimensions in rotation, in rounds."""
