@@ -179,7 +179,7 @@ USAGE = {
     "nonsense": "Commands: solve, score",
     "solve": "Missing argument 'TRACE'",
     "solve t.npz --topolgy x": "Did you mean '--topology'",
-    "solve t.npz extra": "unexpected extra argument (extra)",
+    "solve t.npz extra": "one trace, not 2: several are for --robust",
     "solve t.npz --objective lod": "'lod' is not one of 'step-time'",
     "solve t.npz --gap 2": "write 0.01 or 1%",
     "solve t.npz --time-limit 5x": "write 90, 90s, 5m or 1h",

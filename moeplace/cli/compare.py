@@ -14,7 +14,8 @@ import click
 
 from moeplace.cli import EXIT_INTERRUPTED
 from moeplace.cli.inputs import check_paths, choices_of, warn
-from moeplace.cli.options import Duration, Whole, batch_law, common, constants, execution, goal, option, threads
+from moeplace.cli.options import batch_law, common, constants, execution, goal, option, threads
+from moeplace.cli.values import Duration, Whole
 
 if TYPE_CHECKING:
     from moeplace.engines import Engine

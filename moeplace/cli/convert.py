@@ -11,7 +11,8 @@ import click
 from click.core import ParameterSource
 
 from moeplace.cli.inputs import check_paths, open_source, warn
-from moeplace.cli.options import Portion, Whole, common, option, threads, trace_input
+from moeplace.cli.options import common, option, threads, trace_input
+from moeplace.cli.values import Portion, Whole
 
 if TYPE_CHECKING:
     from moeplace.split import Part

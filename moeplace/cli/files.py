@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moeplace.cli.inputs import check_paths, target_for, warn
-from moeplace.cli.options import Command, Whole, common, option
+from moeplace.cli.options import Command, common, option
+from moeplace.cli.values import Whole
 
 if TYPE_CHECKING:
     from moeplace.exporters import Inspection, Target

@@ -10,7 +10,8 @@ import click
 
 from moeplace.cli import EXIT_INTERRUPTED
 from moeplace.cli.inputs import check_paths, open_source, warn
-from moeplace.cli.options import Duration, Share, Whole, common, option, threads, trace_input
+from moeplace.cli.options import common, option, threads, trace_input
+from moeplace.cli.values import Duration, Share, Whole
 
 if TYPE_CHECKING:
     from moeplace.planning.deployment import Deployment

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from moeplace.cli.inputs import check_paths, choices_of, open_source, warn
-from moeplace.cli.options import Whole, batch_law, common, constants, execution, option, threads, trace_input
+from moeplace.cli.options import batch_law, common, constants, execution, option, threads, trace_input
+from moeplace.cli.values import Whole
 
 SCORE_EPILOG = """\b
 Examples:

@@ -17,12 +17,6 @@ from click.core import ParameterSource
 from moeplace.cli import EXIT_INTERRUPTED
 from moeplace.cli.inputs import check_paths, choices_of, open_source, warn
 from moeplace.cli.options import (
-    Duration,
-    Homes,
-    KeyValue,
-    Requirement,
-    Share,
-    Whole,
     batch_law,
     common,
     constants,
@@ -34,6 +28,7 @@ from moeplace.cli.options import (
     threads,
     trace_input,
 )
+from moeplace.cli.values import Duration, Homes, KeyValue, Requirement, Share, Whole
 from moeplace.cli.watch import watch_trace
 
 if TYPE_CHECKING:
@@ -63,7 +58,7 @@ Examples:
 
 @click.command("solve", epilog=EPILOG)
 @trace_input
-@click.argument("others", nargs=-1, type=click.Path(exists=True))
+@click.argument("others", nargs=-1, type=click.Path())
 @hardware
 @goal
 @option(
@@ -175,10 +170,7 @@ def solve_command(trace: str, others: tuple[str, ...], output: str | None, fit: 
     for name in options["solver"].split("+"):
         if name != "auto":
             load_solver(name)
-    if options["pareto"] and options["objective"] != "step-time":
-        raise click.UsageError(f"--pareto chooses by predicted step time: leave out --objective {options['objective']}")
-    if others and not options["robust"]:
-        raise click.UsageError(f"one trace, not {1 + len(others)}: several are for --robust")
+    _check_usage(others, options)
     if options["watch"] is not None or options["validate"]:
         return (_validate if options["validate"] else _watch)(trace, output, fit, options)
     quiet = options["quiet"]
@@ -232,6 +224,13 @@ def solve_command(trace: str, others: tuple[str, ...], output: str | None, fit: 
             load_exporter(DEFAULT).write(document, sys.stdout.buffer, Target())
     _check_requirement(solution, options["require"])
     return EXIT_INTERRUPTED if limits.stop.is_set() else 0
+
+
+def _check_usage(others: tuple[str, ...], options: dict[str, Any]) -> None:
+    if options["pareto"] and options["objective"] != "step-time":
+        raise click.UsageError(f"--pareto chooses by predicted step time: leave out --objective {options['objective']}")
+    if others and not options["robust"]:
+        raise click.UsageError(f"one trace, not {1 + len(others)}: several are for --robust")
 
 
 def _solution(

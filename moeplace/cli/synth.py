@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from moeplace.cli.inputs import check_paths, warn
-from moeplace.cli.options import Whole, common, option, threads
+from moeplace.cli.options import common, option, threads
+from moeplace.cli.values import Whole
 
 SYNTH_EPILOG = """\b
 Examples:

@@ -188,7 +188,9 @@ def solve(problem: Problem, solver: str = AUTO, limits: Limits | None = None, re
 
 def _solve_moving(problem: Problem, solver: str, limits: Limits, report: Report, floor: float) -> Solution:
     """Solve without limits on moves, name GPUs as in the baseline, and go there as far as the limits let."""
-    free = solve(problem.replace(baseline=None, moves=None), solver, limits, report)
+    needs_start = solver != AUTO and getattr(load_solver(solver.split("+")[0]), "NEEDS_START", False)
+    start = problem.baseline if needs_start and problem.start is None else problem.start
+    free = solve(problem.replace(baseline=None, moves=None, start=start), solver, limits, report)
     if free.placement is None:
         return free
     placement, notes = aligned(problem, free.placement), free.notes

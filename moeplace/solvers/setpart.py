@@ -19,13 +19,13 @@ from moeplace.bounds import load_floor, objective_bound
 from moeplace.errors import InputError, ProblemError
 from moeplace.frozen import Ints
 from moeplace.hypergraph import Effort, Found, Layer, LayerSearch, Patterns, default_steps, split_nodes
+from moeplace.hypergraph.workers import work_layers
 from moeplace.objective import UNITS, objective_value
 from moeplace.packing import pack_layers
 from moeplace.packing.eplb import balance_global, slots_without_copies
 from moeplace.placement import EMPTY, Placement
 from moeplace.problem import COPIES, Problem
 from moeplace.solution import Clock, Limits, Report, Solution, Stage, Status, StopReason
-from moeplace.solvers._layers import work_layers
 
 DESCRIPTION = "the fewest GPUs or nodes a token's experts touch, within load caps, proved layer by layer"
 USES_START = True

@@ -23,7 +23,7 @@ from moeplace.problem import Problem
 from moeplace.solution import Limits, Report, Solution, found
 
 DESCRIPTION = "SwiftBalancer: the deployed placement (--baseline) improved by at most so many moves per GPU"
-USES_START = True
+USES_START = NEEDS_START = True
 MOVES, WORTH, GAIN, BALANCED = 1, 0.95, 0.01, 1.01
 OPTIONS: Mapping[str, str] = {
     "moves": f"most experts that come to a GPU in a layer (default: {MOVES})",
