@@ -17,12 +17,12 @@ import numpy as np
 from moeplace.bounds import load_floor, objective_bound, step_time_bound
 from moeplace.errors import NothingFoundError
 from moeplace.frozen import Floats
-from moeplace.objective import UNITS, load_ratio, objective_value
+from moeplace.objective import UNITS, load_ratio, objective_value, step_values
 from moeplace.placement import Placement
-from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, LOAD, STEP_TIME, Problem
+from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, LOAD, NODE, STEP_TIME, Problem
 from moeplace.solution import Clock, Limits, Report, Solution, Status, StopReason
 from moeplace.solvers import AUTO, finish, solve
-from moeplace.tails import MEAN
+from moeplace.tails import MEAN, risk_value
 
 SLACKS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, np.inf)  # above the best balanced load of a layer
 SHARE = 0.25  # of the work, under each cap
@@ -41,6 +41,10 @@ class FrontPoint:
         Cap on max/mean GPU load, mean over layers; None is none.
     load, traffic, step_time_us
         Max/mean GPU load, mean over layers; the traffic objective; the predicted step time.
+    node_traffic
+        The same traffic counted by node: copies per token, or share of pairs; None with one node.
+    mean_us, p99_us
+        Mean and p99 of the sampled steps' times; None where the step time is that of the mean step.
     bound
         Certified lower bound of what was minimised under this cap.
     on_front
@@ -54,6 +58,9 @@ class FrontPoint:
     bound: float | None
     step_time_us: float
     on_front: bool
+    node_traffic: float | None = None
+    mean_us: float | None = None
+    p99_us: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,12 +167,13 @@ def _mean_step(problem: Problem, objective: str) -> Problem:
 
 def _front(problem: Problem, kind: str, found: Sequence[tuple[Problem, Solution]]) -> Front:
     parted = _mean_step(problem, kind)
-    rows = []
+    rows, more = [], []
     for _, answer in found:
         placement = answer.placement
         if placement is not None:
             load = float(load_ratio(problem, placement).mean())
             rows.append((load, objective_value(parted, placement), objective_value(problem, placement)))
+            more.append(_beside(parted, problem, placement))
     values = np.array(rows)
     points = tuple(
         FrontPoint(
@@ -176,8 +184,9 @@ def _front(problem: Problem, kind: str, found: Sequence[tuple[Problem, Solution]
             bound=answer.bound,
             step_time_us=time_us,
             on_front=not bool(((values <= row).all(axis=1) & (values < row).any(axis=1)).any()),
+            **beside,
         )
-        for (asked, answer), row, (load, traffic, time_us) in zip(found, values, rows, strict=True)
+        for (asked, answer), row, (load, traffic, time_us), beside in zip(found, values, rows, more, strict=True)
     )
     traffic_bound, soonest = objective_bound(parted), objective_bound(problem)
     for asked, answer in found:
@@ -203,6 +212,17 @@ def _front(problem: Problem, kind: str, found: Sequence[tuple[Problem, Solution]
         traffic_bound=min(traffic_bound, float(values[:, 1].min())),
         step_time_bound_us=min(soonest, float(values[:, 2].min())),
     )
+
+
+def _beside(parted: Problem, problem: Problem, placement: Placement) -> dict[str, float]:
+    """What a point tells beside what it is judged by: traffic by node, mean and p99 of sampled steps."""
+    told: dict[str, float] = {}
+    if problem.topology.num_nodes > 1:
+        told["node_traffic"] = objective_value(parted.replace(copies_level=NODE), placement)
+    if problem.is_sampled:
+        values = step_values(problem, placement)
+        told |= {"mean_us": risk_value(values, MEAN), "p99_us": risk_value(values, "p99")}
+    return told
 
 
 def _as_loose(asked: Problem, problem: Problem) -> bool:

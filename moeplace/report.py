@@ -272,16 +272,21 @@ class SolveLog(Report):
             return
         self._clear()
         self._show_held()
-        rows = [["least", "cap", "load max/mean", f"{front.traffic} [{front.unit}]", "step time [µs]", "bound", ""]]
+        more = {"node_traffic": f"{front.traffic} by node", "mean_us": "mean [µs]", "p99_us": "p99 [µs]"}
+        more = {name: title for name, title in more.items() if getattr(front.points[0], name) is not None}
+        head = ["least", "cap", "load max/mean", f"{front.traffic} [{front.unit}]", "step time [µs]", "bound"]
+        rows = [[*head, *more.values(), ""]]
         for i, one in enumerate(front.points):
             told = "least step time" if i == front.chosen else "" if one.on_front else "beaten"
             bound = "-" if one.bound is None else number(one.bound)
             cap = "none" if one.cap is None else number(one.cap)
             figures = [cap, *map(number, (one.load, one.traffic, one.step_time_us)), bound]
-            rows.append([one.minimised, *figures, told])
+            rows.append([one.minimised, *figures, *(number(getattr(one, name)) for name in more), told])
         floor, least, soonest = map(number, (front.load_floor, front.traffic_bound, front.step_time_bound_us))
-        rows.append(["no less than", "", floor, least, soonest, "", "certified for every placement"])
-        for line in align(rows, right=range(1, 6), width=width_of(self._out)):
+        rows.append(
+            ["no less than", "", floor, least, soonest, "", *("" for _ in more), "certified for every placement"]
+        )
+        for line in align(rows, right=range(1, 6 + len(more)), width=width_of(self._out)):
             say(line, self._out)
 
     def end(self, sentence: str) -> None:

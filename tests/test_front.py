@@ -13,7 +13,7 @@ from moeplace.batches import TokenIndex
 from moeplace.errors import NothingFoundError
 from moeplace.front import Front, trace_front
 from moeplace.metrics import max_over_mean
-from moeplace.objective import objective_value
+from moeplace.objective import objective_value, step_values
 from moeplace.problem import Problem
 from moeplace.scoring import draw_steps
 from moeplace.solution import Limits
@@ -112,3 +112,24 @@ def test_the_command_line_shows_and_writes_it(shell: Shell) -> None:
     assert front["points"][front["chosen"]]["step_time_us"] == told.json["objective"]["value"]
     assert front["corner"]["step_time_us"] == told.json["bound"]
     shell.fails(f"{words} --objective load", "--pareto chooses by predicted step time", code=2)
+
+
+def test_points_tell_nodes_and_tails_beside() -> None:
+    """Traffic by node is the objective counted by node; mean and p99 are those of the sampled steps."""
+    trace = make_trace(3, tokens=200, layers=3, experts=8, top_k=2)
+    plain = make_problem(trace, slow_topology("scale-out:2x2"), requests=200, dataflow="dispatch-combine")
+    law = plain.law.replace(requests=4, batches=30, phase=TokenIndex.of(trace).phases()[0])
+    sampled = plain.replace(law=law, steps=draw_steps(trace, TokenIndex.of(trace), law), risk="p95")
+    for problem in (plain, sampled):
+        front, answer = trace_front(problem, limits=BRIEF)
+        best = front.points[front.chosen]
+        assert answer.placement is not None
+        by_node = problem.replace(objective="copies", copies_level="node", steps=None, risk="mean")
+        assert best.node_traffic == pytest.approx(objective_value(by_node, answer.placement))
+        if not problem.is_sampled:
+            assert best.mean_us is best.p99_us is None
+            continue
+        values = step_values(problem, answer.placement)
+        assert best.mean_us == pytest.approx(values.mean())
+        assert best.p99_us == pytest.approx(values.max())
+        assert best.mean_us <= best.step_time_us <= best.p99_us

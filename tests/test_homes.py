@@ -220,3 +220,4 @@ def test_the_command_line_renames_and_tells(shell: Shell) -> None:
     shell.fails("solve t.npz --homes turn", "affinity:N", code=2)
     shell.fails("score t.npz a.json --homes affinity:none", "at least 1")
     shell.fails("solve t.npz --solver eplb --homes affinity:1000", "fewer tokens")
+    shell.fails("solve t.npz --homes affinity:2 --baseline a.json", "renames GPUs", code=2)

@@ -231,6 +231,8 @@ def _check_usage(others: tuple[str, ...], options: dict[str, Any]) -> None:
         raise click.UsageError(f"--pareto chooses by predicted step time: leave out --objective {options['objective']}")
     if others and not options["robust"]:
         raise click.UsageError(f"one trace, not {1 + len(others)}: several are for --robust")
+    if options["homes"] and (options["baseline"] or options["watch"] is not None or options["validate"]):
+        raise click.UsageError("--homes renames GPUs: leave out --baseline, --watch and --validate")
 
 
 def _solution(
