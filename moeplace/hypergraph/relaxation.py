@@ -27,7 +27,7 @@ from moeplace.frozen import Floats, Ints
 from moeplace.hypergraph.patterns import Patterns
 
 STEPS = 600  # at 64 experts
-LEAST_STEPS = 20
+LEAST_STEPS = 40
 BETWEEN = 20  # steps for each change of slopes
 PENALTY, LARGE_PENALTY, LARGE = 5.0, 8.0, 128
 STEP_LENGTH = 1.6
@@ -38,7 +38,7 @@ CELLS = 4_000_000  # gathered at once
 
 def default_steps(num_experts: int, work: float) -> int:
     """Steps for a layer: in all layers together they take some seconds to half a minute."""
-    return max(LEAST_STEPS, round(STEPS * work * (64 / num_experts) ** 2.5))
+    return max(LEAST_STEPS, round(STEPS * work * (64 / num_experts) ** 2))
 
 
 def relaxed_bound(patterns: Patterns, group: Ints, num_groups: int, *, steps: int, stop: Callable[[], bool]) -> float:

@@ -81,7 +81,7 @@ def _effort(mode: str, limits: Limits, experts: int) -> Effort:
         nodes=max(1, round(4000 * work)),
         rounds=max(5, round(200 * work)),
         runs=max(1, round((1 if large else 8) * work)),
-        swaps=256 if large and mode == MODES[0] else 192,
+        swaps=208 if large and mode == MODES[0] else 192,
         gap=limits.gap,
         steps=default_steps(experts, work),
     )
