@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeplace.errors import InputError
 from moeplace.frozen import replaced, seal
 from moeplace.objective import UNITS, Term, objective_value
 from moeplace.placement import Placement
@@ -154,6 +155,21 @@ class Limits:
     threads: int = 1
     options: Mapping[str, str] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
+
+    def whole(self, name: str, usual: int, least: int = 0) -> int:
+        """Return a solver's option as a whole number of at least ``least``, or what is usual where it is not given.
+
+        Raises
+        ------
+        InputError
+            It is something else.
+        """
+        text = self.options.get(name)
+        if text is None:
+            return usual
+        if not text.isdecimal() or int(text) < least:
+            raise InputError(f"{name} {text!r}", rule="a whole number" + (f" of at least {least}" if least else ""))
+        return int(text)
 
     def replace(self, **changes: object) -> Limits:
         """Copy with some fields changed."""

@@ -51,7 +51,7 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
         start,
         problem.slots_per_gpu,
         floor=load_floor(problem) * mean,
-        kicks=_kicks(limits),
+        kicks=limits.whole("kicks", max(1, round(KICKS * limits.work))),
         seed=limits.seed,
         stop=lambda: clock.over,
     )
@@ -78,15 +78,6 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
         history=tuple(report.history),
         notes=tuple(notes),
     )
-
-
-def _kicks(limits: Limits) -> int:
-    text = limits.options.get("kicks")
-    if text is None:
-        return max(1, round(KICKS * limits.work))
-    if not text.isdecimal():
-        raise InputError(f"kicks {text!r}", rule="a whole number")
-    return int(text)
 
 
 def _start(problem: Problem) -> Placement:

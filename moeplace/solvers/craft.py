@@ -118,7 +118,7 @@ def _curves(problem: Problem, limits: Limits, clock: Clock, report: Report) -> C
     sizes, floor = _sizes(spare), _floors(problem, spare)
     cost = np.full((len(load), len(sizes)), np.inf)
     packings: list[Placement] = []
-    kicks = _kicks(limits)
+    kicks = limits.whole("kicks", max(1, round(KICKS * limits.work)))
     for choice, size in enumerate(sizes.tolist()):
         report.progress(choice, len(sizes), f"packing with {size} extra slots a layer")
         start = _with_extra(problem, load, size)
@@ -159,15 +159,6 @@ def _sizes(spare: int) -> Ints:
     while sizes[-1] < spare:
         sizes.append(min(spare, sizes[-1] + max(1, int(sizes[-1] * STEP_SHARE))))
     return np.array(sizes)
-
-
-def _kicks(limits: Limits) -> int:
-    text = limits.options.get("kicks")
-    if text is None:
-        return max(1, round(KICKS * limits.work))
-    if not text.isdecimal():
-        raise InputError(f"kicks {text!r}", rule="a whole number")
-    return int(text)
 
 
 def _with_extra(problem: Problem, load: Floats, size: int) -> Placement:

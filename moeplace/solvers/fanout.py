@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeplace.errors import InputError, ProblemError
+from moeplace.errors import ProblemError
 from moeplace.fanout import expected_shares, learn_weights
 from moeplace.frozen import Floats, Ints
 from moeplace.hypergraph import Patterns
@@ -92,7 +92,7 @@ class _Run:
         if sample is None:
             raise ProblemError("the trace holds only counts", rule="fanout needs to know what tokens chose together")
         self.experts = sample.experts
-        self.runs = _runs(limits)
+        self.runs = limits.whole("runs", max(1, round(RUNS * limits.work)), least=1)
         self.balanced = self._balanced()
 
     def solve(self) -> Solution:
@@ -214,12 +214,3 @@ class _Run:
             history=tuple(self.report.history),
             notes=(f"no placement within the load cap was found in {len(layers)} layers: {names}",),
         )
-
-
-def _runs(limits: Limits) -> int:
-    text = limits.options.get("runs")
-    if text is None:
-        return max(1, round(RUNS * limits.work))
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"runs {text!r}", rule="a whole number of at least 1")
-    return int(text)

@@ -39,7 +39,7 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
     ProblemError
         There is no placement to start from, it has other slots, or slots are counted over the whole model.
     """
-    moves, worth = _whole(limits, "moves", MOVES), _share(limits, "worth", WORTH)
+    moves, worth = limits.whole("moves", MOVES), _share(limits, "worth", WORTH)
     before = problem.start if problem.start is not None else problem.baseline
     if before is None or problem.whole_model:
         raise ProblemError(
@@ -61,13 +61,6 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
         note = f"the busiest GPUs' load would fall to {falls:.3f}, not below {worth:g}: nothing moves"
         after = improve_within(load, before, problem.slots_per_gpu, moves=0, gain=GAIN, balanced=BALANCED)
     return found(problem, after, limits, report, solver="swift", notes=(note,))
-
-
-def _whole(limits: Limits, name: str, usual: int) -> int:
-    text = limits.options.get(name, str(usual))
-    if not text.isdecimal():
-        raise InputError(f"{name} {text!r}", rule="a whole number")
-    return int(text)
 
 
 def _share(limits: Limits, name: str, usual: float) -> float:
