@@ -22,6 +22,7 @@ from moeplace.hypergraph.master import Master
 from moeplace.hypergraph.pairs import pair_bound
 from moeplace.hypergraph.patterns import Patterns
 from moeplace.hypergraph.relaxation import relaxed_bound
+from moeplace.hypergraph.thin import thinned, worth_thinning
 
 ROOM = 1e-9  # of a cap, for the rounding of sums
 FIRST_WINDOW = 0.003  # of the bound: reduced costs of the first columns tried
@@ -29,6 +30,8 @@ SMOOTHING = 0.3  # weight of the best prices so far in those tried next (Wentges
 CLOSED = 1e-7  # of the value: the relaxation's gap at which pricing ends
 KEPT_COLUMNS = 3000
 UNLISTED = 3  # where sets are too many to list, programmes are harder: so much fewer columns
+HOT_TURNS, HOT, WARM = 40, 0.15, 0.03  # annealing on a sample of the tokens, temperatures as in Schedule
+COOL_TURNS, COOL, COLD = 20, 0.04, 0.003  # then on all of them
 GLANCE_TURNS, GLANCE_SWAPS = 10, 8
 STARTS = 48  # columns that exchanges start from, in a round
 EXCHANGED_SIZE = 16  # larger sets hardly recombine
@@ -78,6 +81,8 @@ class Effort:
         Most rounds of pricing.
     runs, turns, swaps
         Annealing runs, temperatures of each, and proposals of each expert at each.
+    thin_runs
+        Annealing runs where there are tokens enough to start on a sample of them.
     gap
         Relative gap at which a layer is done.
     steps
@@ -88,6 +93,7 @@ class Effort:
     nodes: int = 4000
     rounds: int = 200
     runs: int = 4
+    thin_runs: int = 8
     turns: int = 60
     swaps: int = 256
     gap: float = 0.0
@@ -148,7 +154,7 @@ class LayerSearch:
         start = self.found.group
         if start is None or self.stop() or self._closed():
             return
-        annealer = Annealer(self.layer.patterns, self.layer.load, self.cap, len(self.layer.rooms))
+        annealer = self._annealer(self.layer.patterns)
         schedule = Schedule(turns=GLANCE_TURNS, swaps=GLANCE_SWAPS * self.layer.patterns.num_experts)
         best, _ = annealer.run(start, schedule, self.seed, stop=self.stop)
         if self.layer.keeps_cap(best):
@@ -275,24 +281,45 @@ class LayerSearch:
         return state
 
     def _anneal(self, runs: int) -> None:
-        """Anneal from the best state within the cap, if one is known, and keep what the runs met as columns."""
+        """Anneal from the best state within the cap, if one is known, and keep what the runs met as columns.
+
+        Where there are tokens enough, a run starts on a sample of them.
+        """
         start = self.found.group
         if start is None:
             start = np.random.default_rng(self.seed).permutation(
                 np.repeat(np.arange(len(self.layer.rooms)), self.layer.rooms)
             )
-        annealer = Annealer(self.layer.patterns, self.layer.load, self.cap, len(self.layer.rooms))
-        proposals = self.effort.swaps * self.layer.patterns.num_experts
-        schedule = Schedule(turns=self.effort.turns, swaps=proposals)
+        annealer, thin = self._annealer(self.layer.patterns), worth_thinning(self.layer.patterns)
         for run in range(runs):
             if self.stop():
                 return
-            best, met = annealer.run(start, schedule, self.seed * 1009 + run, stop=self.stop)
+            seed = self.seed * 1009 + run
+            if thin:
+                best, met = self._settled(annealer, start, seed)
+            else:
+                best, met = annealer.run(start, self._schedule(self.effort.turns), seed, stop=self.stop)
             for state in [best, *met]:
                 if self.layer.keeps_cap(state):
                     self.offer(state)
             if max(self.groups) <= EXCHANGED_SIZE:
                 self._keep([state for state in [best, *met] if self.layer.keeps_cap(state)])
+
+    def _settled(self, annealer: Annealer, start: Ints, seed: int) -> tuple[Ints, list[Ints]]:
+        """Anneal on a sample of the tokens while it is hot, then on all of them."""
+        sample = self._annealer(thinned(self.layer.patterns, seed))
+        state, _ = sample.run(start, self._schedule(HOT_TURNS, HOT, WARM), seed, stop=self.stop)
+        return annealer.run(state, self._schedule(COOL_TURNS, COOL, COLD), seed, stop=self.stop)
+
+    def _schedule(self, turns: int, *heat: float) -> Schedule:
+        proposals = self.effort.swaps * self.layer.patterns.num_experts
+        schedule = Schedule(turns=turns, swaps=proposals)
+        return replace(schedule, hot=heat[0], cold=heat[1]) if heat else schedule
+
+    def _annealer(self, patterns: Patterns) -> Annealer:
+        """Of the layer, or of a sample of its tokens: loads and cap shrink alike."""
+        share = patterns.tokens / self.layer.patterns.tokens
+        return Annealer(patterns, self.layer.load * share, self.cap * share, len(self.layer.rooms))
 
     def _keep(self, states: list[Ints]) -> None:
         """Add the columns of states to the pool."""
@@ -305,7 +332,7 @@ class LayerSearch:
 
     def _some_sets(self) -> None:
         """Anneal; let exchanges and the relaxation over what they find add columns; choose among them; bound."""
-        self._anneal(self.effort.runs)
+        self._anneal(self.effort.thin_runs if worth_thinning(self.layer.patterns) else self.effort.runs)
         self._raise(pair_bound(self.layer.patterns, self.layer.rooms))
         self._relax_pairs()
         if self.stop() or not len(self.pool) or self._closed():

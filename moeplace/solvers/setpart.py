@@ -81,7 +81,8 @@ def _effort(mode: str, limits: Limits, experts: int) -> Effort:
         nodes=max(1, round(4000 * work)),
         rounds=max(5, round(200 * work)),
         runs=max(1, round((1 if large else 8) * work)),
-        swaps=208 if large and mode == MODES[0] else 192,
+        thin_runs=max(1, round((2 if large else 24) * work)),
+        swaps=192,
         gap=limits.gap,
         steps=default_steps(experts, work),
     )
@@ -92,6 +93,7 @@ def _effort(mode: str, limits: Limits, experts: int) -> Effort:
         nodes=min(effort.nodes, 200),
         rounds=min(effort.rounds, 60),
         runs=max(1, effort.runs // 3),
+        thin_runs=max(1, effort.thin_runs // 3),
         swaps=64,
         gap=max(FAST_GAP, limits.gap),
         steps=effort.steps // 4,
