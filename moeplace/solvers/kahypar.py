@@ -21,6 +21,7 @@ import numpy as np
 from moeplace.errors import MissingExtraError, ProblemError
 from moeplace.frozen import Floats, Ints
 from moeplace.hypergraph import Patterns, split_nodes
+from moeplace.hypergraph.names import named_after_homes
 from moeplace.packing.eplb import slots_without_copies
 from moeplace.placement import Placement
 from moeplace.problem import COPIES, NODE, Problem
@@ -50,7 +51,7 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
     rooms = slots_without_copies(problem.slots_per_gpu, problem.num_experts)
     by_node = problem.copies_level == NODE
     blocks = rooms.reshape(-1, problem.topology.gpus_per_node)
-    lists, skipped = [], 0
+    state, skipped = np.empty((problem.num_layers, problem.num_experts), np.int64), 0
     for layer in range(problem.num_layers):
         load = problem.stats.load[layer].astype(np.float64)
         cap = np.inf if problem.load_cap is None else float(problem.load_cap[layer]) * load.sum() / problem.num_gpus
@@ -62,12 +63,14 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
             group = partitioned(library, patterns, size, limits.seed)
             most = cap * (problem.topology.gpus_per_node if by_node else 1)
             group = within_cap(patterns, seated(patterns, group, size), load, most, len(size))
-        gpu = split_nodes(patterns, load, cap, group, blocks, seed=limits.seed) if by_node else group
-        lists.append([np.flatnonzero(gpu == number).tolist() for number in range(problem.num_gpus)])
+        state[layer] = split_nodes(patterns, load, cap, group, blocks, seed=limits.seed) if by_node else group
         report.progress(layer + 1, problem.num_layers, "partitioning layers")
     notes = (f"the run was stopped: {skipped} layers are contiguous",) if skipped else ()
+    node = problem.topology.node_of_gpu() if by_node else np.zeros(problem.num_gpus, np.int64)
+    state, told = named_after_homes(sample.experts, sample.rank, state, rooms, node)
+    lists = [[np.flatnonzero(row == number).tolist() for number in range(problem.num_gpus)] for row in state]
     placement = Placement.from_lists(lists, problem.num_experts)
-    return found(problem, placement, limits, report, solver="kahypar", notes=notes)
+    return found(problem, placement, limits, report, solver="kahypar", notes=(*notes, *told))
 
 
 @functools.cache
