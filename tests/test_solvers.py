@@ -25,7 +25,7 @@ from strategies import (
 from moeplace import solvers
 from moeplace.affinity import count_routing
 from moeplace.bounds import load_floor, objective_bound
-from moeplace.errors import InfeasibleError, InputError, ProblemError, SolverError, UnknownNameError
+from moeplace.errors import InfeasibleError, InputError, MissingExtraError, ProblemError, SolverError, UnknownNameError
 from moeplace.metrics import max_over_mean
 from moeplace.objective import objective_value
 from moeplace.placement import Placement
@@ -45,14 +45,14 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
 
 
 def _attempt(name: str, problem: Problem, limits: Limits = LIMITS) -> Solution:
-    """Solve, or skip where a solver cannot be imported or says that it does not do this kind of problem."""
+    """Solve, or skip where a solver cannot be imported its extra is missing, or it does not do this kind of problem."""
     try:
         load_solver(name)
     except ImportError as error:
         pytest.skip(f"{name} needs {error.name}")
     try:
         return solve(problem, name, limits)
-    except (ProblemError, InputError) as refusal:
+    except (ProblemError, InputError, MissingExtraError) as refusal:
         pytest.skip(f"{name} does not take this problem: {refusal.what}")
 
 

@@ -125,6 +125,8 @@ def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
     tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance")]
     if problem.model.num_groups > 1 and problem.topology.num_nodes > 1:
         tried.append(Candidate("eplb", {"policy": "global"}))
+    if _knows_homes(problem):
+        tried.append(Candidate("transport"))
     if _saves_copies(problem):
         fast = [Candidate("setpart", {"mode": "fast"}, slack=slack) for slack in SLACKS]
         return (*tried, *fast), "one copy per GPU: fewer GPUs per token weighed against even load"
@@ -142,6 +144,13 @@ def _saves_copies(problem: Problem) -> bool:
     once = problem.objective == STEP_TIME and KERNEL_OF_PHASE[problem.law.phase] == NORMAL
     small = problem.num_experts <= MOST_PARTITIONED and problem.divides_evenly and not problem.whole_model
     return once and small and problem.stats.sample is not None and problem.num_gpus > 1
+
+
+def _knows_homes(problem: Problem) -> bool:
+    """Whether every selection is a row of its own from a recorded home, and only slots limit a GPU."""
+    sources, alone = problem.stats.source_load, KERNEL_OF_PHASE[problem.law.phase] != NORMAL
+    free = problem.objective == STEP_TIME and problem.load_cap is None and not problem.whole_model
+    return free and alone and sources is not None and 1 < len(sources) <= problem.num_gpus
 
 
 def divisible(problem: Problem) -> bool:

@@ -19,6 +19,7 @@ from moeplace.bounds import load_floor, objective_bound
 from moeplace.errors import InputError, ProblemError
 from moeplace.frozen import Ints
 from moeplace.hypergraph import Effort, Found, Layer, LayerSearch, Patterns, default_steps, split_nodes
+from moeplace.hypergraph.names import named_after_homes
 from moeplace.hypergraph.workers import work_layers
 from moeplace.objective import UNITS, objective_value
 from moeplace.packing import pack_layers
@@ -146,7 +147,16 @@ class _Run:
         states = [self._state(job, start, layer) for layer, job in enumerate(jobs)]
         if any(state is None for state in states):
             return self._nothing(jobs, Status.UNKNOWN)
-        return self._solution(jobs, np.array(states), proves=not spare)
+        return self._solution(jobs, self._named(np.array(states)), proves=not spare)
+
+    def _named(self, state: Ints) -> Ints:
+        """``[layer, expert]`` GPUs with the names that keep most copies at home, where homes are recorded."""
+        sample, node = self.problem.stats.sample, self.problem.topology.node_of_gpu()
+        assert sample is not None
+        free = node if self.by_node else np.zeros_like(node)
+        named, notes = named_after_homes(sample.experts, sample.rank, state, self.rooms, free)
+        self.notes += notes
+        return named
 
     def _start(self) -> Ints:
         """``[layer, expert]`` GPUs of the start that was given, else of EPLB's packing or a better balanced one."""
