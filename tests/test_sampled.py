@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,7 @@ from moeplace.sampled import (
     joint_values,
 )
 from moeplace.sampled import kernel as kernels
+from moeplace.sampled.improve import LayerItems
 from moeplace.sampled.tables import layer_times
 from moeplace.scoring import draw_steps, score
 from moeplace.solution import Limits, Status
@@ -205,6 +207,33 @@ def test_swaps_lower_the_mean_to_the_optimum_of_a_small_layer(redundant: int) ->
     if not redundant:
         best = min(_value(problem, one, weights) for one in every_placement(problem) if (one.used_slots() == 3).all())
         assert _value(problem, found, weights) == pytest.approx(best, rel=1e-5)
+
+
+@given(seed=st.integers(0, 1000), objective=st.sampled_from(["load", "step-time"]))
+@settings(max_examples=20, deadline=None)
+def test_a_swap_is_turned_down_only_where_it_does_not_help(seed: int, objective: str) -> None:
+    """Judged by the steps of its busiest GPUs first: what is taken has its true change, what is not is no less."""
+    problem = _problem(seed, layers=1, experts=8, topology="scale-up:4", objective=objective, batches=12)
+    start = random_placement(seed, problem.slots_per_gpu, 1, 8)
+    tables, weights = StepTables.of(problem), np.random.default_rng(seed).random(12)
+    state = LayerItems(start.slots[0], problem.slots_per_gpu, tables, 0, problem.stats.load[0].astype(np.float64))
+    work, usage, _, _ = state.arrays()
+    groups = 1 if objective == "load" else 2
+    top, who = np.zeros((groups, 3, 12), np.float32), np.zeros((groups, 3, 12), np.int16)
+    tops = (top, who, np.zeros((groups, 5), np.int64), np.zeros((groups, 12), np.int64))
+    kernels._retop(usage, tops)
+    before = float(layer_times(usage) @ weights)
+    for first, second in itertools.combinations(range(8), 2):
+        g, h = state.where[first], state.where[second]
+        if g == h:
+            continue
+        after = usage.copy()
+        after[g] += work[second] - work[first]
+        after[h] -= work[second] - work[first]
+        true = float(layer_times(after) @ weights) - before
+        for most in (-1e-7 * before, -0.02 * before):
+            told = kernels._change(first, second, work, state.where, usage, weights, tops, most)
+            assert told == pytest.approx(true, abs=1e-5 * before) if told < most else true >= most - 1e-5 * before
 
 
 def test_the_tail_is_lowered_where_it_is_asked_for() -> None:

@@ -1,7 +1,9 @@
 """Swaps of copies between GPUs, judged on all sampled steps at once.
 
-Of every step the three busiest GPUs are kept, so that the busiest beside two that swap is known at once. The loops are
-compiled where there is enough to do and give the same with or without.
+Of every step the three busiest GPUs are kept, so that the busiest beside two that swap is known at once; and of every
+GPU the steps in which it is the busiest. Only in these can a swap of its copies gain, in all others it can only do
+harm: most swaps are turned down by the few steps of their two GPUs. The loops are compiled where there is enough to do
+and give the same with or without.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ SINGLE = 1 << 20  # added to the number of an expert that has one copy: no other
 def compiled_mean() -> Callable[..., Any]:
     """Return the compiled :func:`descend_and_kick`."""
     return compile_kernel(
-        descend_and_kick, _descend, _forbidden, _change, _swap, _retop, _insert, _group_value, _next, _busiest_beside
-    )
+        descend_and_kick, _descend, _forbidden, _breaks, _together, _change, _swap, _retop, _list, _insert,
+        _group_value, _next, _busiest_beside, _value_of,
+    )  # fmt: skip
 
 
 def descend_and_kick(
@@ -41,13 +44,12 @@ def descend_and_kick(
     items, batches = len(where), len(weights)
     groups = 1 if usage.shape[1] == 1 else 2
     top, who = np.zeros((groups, TOP, batches), np.float32), np.zeros((groups, TOP, batches), np.int16)
-    _retop(usage, top, who)
-    value = 0.0
-    for b in range(batches):
-        for group in range(groups):
-            value += weights[b] * top[group, 0, b]
+    # of every GPU the steps in which it is the busiest: those from one of its numbers to the next
+    begin, steps = np.zeros((groups, len(usage) + 1), np.int64), np.zeros((groups, batches), np.int64)
+    tops = (top, who, begin, steps)
+    _retop(usage, tops)
     left = np.array([budget])
-    value = _descend(work, where, expert, usage, weights, load, busy, cap, top, who, value, left, word)
+    value = _descend(work, where, expert, usage, weights, load, busy, cap, tops, _value_of(top, weights), left, word)
     best, best_where, best_usage, best_busy = value, where.copy(), usage.copy(), busy.copy()
     for _ in range(kicks):
         if left[0] <= 0:
@@ -56,12 +58,9 @@ def descend_and_kick(
             a, c = _next(word) % items, _next(word) % items
             if not _forbidden(a, c, where, expert, load, busy, cap):
                 _swap(a, c, work, where, usage, load, busy)
-        _retop(usage, top, who)
-        value = 0.0
-        for b in range(batches):
-            for group in range(groups):
-                value += weights[b] * top[group, 0, b]
-        value = _descend(work, where, expert, usage, weights, load, busy, cap, top, who, value, left, word)
+        _retop(usage, tops)
+        value = _value_of(top, weights)
+        value = _descend(work, where, expert, usage, weights, load, busy, cap, tops, value, left, word)
         if value < best - LEAST_GAIN * best:
             best = value
             best_where[:], best_usage[:], best_busy[:] = where, usage, busy
@@ -70,8 +69,17 @@ def descend_and_kick(
     return best
 
 
+def _value_of(top: Any, weights: Any) -> float:
+    """Weighted sum of step times."""
+    value = 0.0
+    for b in range(len(weights)):
+        for group in range(top.shape[0]):
+            value += weights[b] * top[group, 0, b]
+    return value
+
+
 def _descend(
-    work: Any, where: Any, expert: Any, usage: Any, weights: Any, load: Any, busy: Any, cap: float, top: Any, who: Any,
+    work: Any, where: Any, expert: Any, usage: Any, weights: Any, load: Any, busy: Any, cap: float, tops: Any,
     value: float, left: Any, word: Any,
 ) -> float:  # fmt: skip
     """Take the first swap that helps, in an order that begins anywhere, until none of all does."""
@@ -83,27 +91,43 @@ def _descend(
         if second == items:
             second, first = 0, (first + 1) % items
         idle += 1
-        if first >= second or _forbidden(first, second, where, expert, load, busy, cap):
+        if first >= second or _breaks(first, second, where, expert, load, busy, cap):
             continue
         left[0] -= 1
-        change = _change(first, second, work, where, usage, weights, top, who)
-        if change < -LEAST_GAIN * value:
+        most = -LEAST_GAIN * value
+        change = _change(first, second, work, where, usage, weights, tops, most)
+        if change < most and not _together(first, second, where, expert):
             _swap(first, second, work, where, usage, load, busy)
-            _retop(usage, top, who)
+            _retop(usage, tops)
             value += change
             idle = 0
     return value
 
 
-def _change(first: int, second: int, work: Any, where: Any, usage: Any, weights: Any, top: Any, who: Any) -> float:
-    """Change of the weighted sum when two items swap."""
+def _change(
+    first: int, second: int, work: Any, where: Any, usage: Any, weights: Any, tops: Any, most: float
+) -> float:  # fmt: skip
+    """Change of the weighted sum when two items swap, or something no less than ``most`` where it is no less."""
     g, h = where[first], where[second]
+    top, who, begin, steps = tops
     change = 0.0
     for group in range(top.shape[0]):
+        for gpu in (g, h):
+            for place in range(begin[group, gpu], begin[group, gpu + 1]):
+                b = steps[group, place]
+                new = _group_value(first, second, g, h, work, usage, group, b)
+                rest = _busiest_beside(g, h, top, who, group, b)
+                change += weights[b] * (max(new, rest) - top[group, 0, b])
+    if change >= most:
+        return change
+    for group in range(top.shape[0]):
         for b in range(len(weights)):
-            new = _group_value(first, second, g, h, work, usage, group, b)
-            rest = _busiest_beside(g, h, top, who, group, b)
-            change += weights[b] * (max(new, rest) - top[group, 0, b])
+            if who[group, 0, b] != g and who[group, 0, b] != h:
+                new = _group_value(first, second, g, h, work, usage, group, b)
+                if new > top[group, 0, b]:
+                    change += weights[b] * (new - top[group, 0, b])
+                    if change >= most:
+                        return change
     return change
 
 
@@ -129,12 +153,21 @@ def _busiest_beside(g: int, h: int, top: Any, who: Any, group: int, b: int) -> f
 
 def _forbidden(first: int, second: int, where: Any, expert: Any, load: Any, busy: Any, cap: float) -> bool:
     """Whether a swap changes nothing, puts two copies of one expert together, or breaks the cap."""
-    g, h, e, f = where[first], where[second], expert[first], expert[second]
-    if g == h or e == f:
+    return _breaks(first, second, where, expert, load, busy, cap) or _together(first, second, where, expert)
+
+
+def _breaks(first: int, second: int, where: Any, expert: Any, load: Any, busy: Any, cap: float) -> bool:
+    """Whether a swap changes nothing or breaks the cap."""
+    g, h = where[first], where[second]
+    if g == h or expert[first] == expert[second]:
         return True
     moved = load[second] - load[first]
-    if (moved > 0 and busy[g] + moved > cap) or (moved < 0 and busy[h] - moved > cap):
-        return True
+    return bool((moved > 0 and busy[g] + moved > cap) or (moved < 0 and busy[h] - moved > cap))
+
+
+def _together(first: int, second: int, where: Any, expert: Any) -> bool:
+    """Whether a swap puts two copies of one expert together."""
+    g, h, e, f = where[first], where[second], expert[first], expert[second]
     if (e < 0 or e >= SINGLE) and (f < 0 or f >= SINGLE):
         return False
     for other in range(len(where)):
@@ -160,8 +193,9 @@ def _swap(first: int, second: int, work: Any, where: Any, usage: Any, load: Any,
     where[first], where[second] = h, g
 
 
-def _retop(usage: Any, top: Any, who: Any) -> None:
-    """Find the busiest three GPUs of every step, in every group of channels."""
+def _retop(usage: Any, tops: Any) -> None:
+    """Find the busiest three GPUs of every step, in every group of channels, and the steps of every busiest GPU."""
+    top, who, begin, steps = tops
     gpus, channels, batches = usage.shape
     top[:] = -1.0
     who[:] = -1
@@ -176,6 +210,22 @@ def _retop(usage: Any, top: Any, who: Any) -> None:
         for place in range(TOP):
             for b in range(batches):
                 top[group, place, b] = max(top[group, place, b], 0.0)
+        _list(who[group, 0], begin[group], steps[group])
+
+
+def _list(busiest: Any, begin: Any, steps: Any) -> None:
+    """List the steps of every GPU, in order."""
+    begin[:] = 0
+    for b in range(len(busiest)):
+        begin[busiest[b] + 1] += 1
+    for g in range(1, len(begin)):
+        begin[g] += begin[g - 1]
+    for b in range(len(busiest)):
+        steps[begin[busiest[b]]] = b
+        begin[busiest[b]] += 1
+    for g in range(len(begin) - 1, 0, -1):
+        begin[g] = begin[g - 1]
+    begin[0] = 0
 
 
 def _insert(value: float, g: int, top: Any, who: Any, group: int, b: int) -> None:
