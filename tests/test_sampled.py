@@ -220,8 +220,8 @@ def test_a_swap_is_turned_down_only_where_it_does_not_help(seed: int, objective:
     work, usage, _, _ = state.arrays()
     groups = 1 if objective == "load" else 2
     top, who = np.zeros((groups, 3, 12), np.float32), np.zeros((groups, 3, 12), np.int16)
-    tops = (top, who, np.zeros((groups, 5), np.int64), np.zeros((groups, 12), np.int64))
-    kernels._retop(usage, tops)
+    tops = (top, who, np.zeros((groups, 5), np.int64), np.zeros((groups, 12), np.int64), np.zeros((groups, 4)))
+    kernels._retop(usage, weights, tops)
     before = float(layer_times(usage) @ weights)
     for first, second in itertools.combinations(range(8), 2):
         g, h = state.where[first], state.where[second]

@@ -11,7 +11,7 @@ import numpy as np
 
 from moeplace.frozen import Floats
 from moeplace.placement import Placement
-from moeplace.sampled.improve import COMPILE_FROM, TAIL, LayerItems, Search, finite_cap
+from moeplace.sampled.improve import COMPILE_FROM, TAIL, LayerItems, Search, finite_cap, moving_costs
 from moeplace.sampled.joint_kernel import compiled_joint, descend_joint
 from moeplace.sampled.tables import StepTables
 from moeplace.sampled.tokens import LINKS, Wire
@@ -47,11 +47,8 @@ class _Layer:
         self.costs, self.number, self.width = costs, layer, placement.max_slots
         work, usage, load, busy = self.items.arrays()
         self.work, self.usage = work, usage
-        moving = np.zeros((len(self.items.expert), self.items.gpus))
-        if search.moving is not None:
-            held = np.maximum(self.items.expert, 0)
-            moving = np.where(self.items.expert[:, None] < 0, 0.0, search.moving[layer][:, held].T)
-        self.bounds = (load, busy, np.array([finite_cap(search.cap[layer])]), np.ascontiguousarray(moving))
+        moving = moving_costs(search, layer, self.items)
+        self.bounds = (load, busy, np.array([finite_cap(search.cap[layer])]), moving)
         self.codes, self.times = self.items.codes(), np.zeros(costs.batches)
         self.wire = _wire_arrays(costs.wire, layer, self.items.expert, self.items.gpus)
 

@@ -26,30 +26,39 @@ def compiled_mean() -> Callable[..., Any]:
     """Return the compiled :func:`descend_and_kick`."""
     return compile_kernel(
         descend_and_kick, _descend, _forbidden, _breaks, _together, _change, _swap, _retop, _list, _insert,
-        _group_value, _next, _busiest_beside, _value_of,
+        _group_value, _next, _busiest_beside, _value_of, _cost_of,
+    )  # fmt: skip
+
+
+@functools.cache
+def compiled_judge() -> Callable[..., Any]:
+    """Return the compiled :func:`judge_swaps`."""
+    return compile_kernel(
+        judge_swaps, _breaks, _together, _change, _retop, _list, _insert, _group_value, _busiest_beside
     )  # fmt: skip
 
 
 def descend_and_kick(
-    work: Any, where: Any, expert: Any, usage: Any, weights: Any, load: Any, busy: Any, cap: float, kicks: int,
-    budget: int, word: Any,
+    work: Any, where: Any, expert: Any, usage: Any, weights: Any, load: Any, busy: Any, cap: float, moving: Any,
+    kicks: int, budget: int, word: Any,
 ) -> float:  # fmt: skip
     """Improve one layer's weighted sum of step times: first improvements until none, a kick of a few swaps, and again.
 
     ``work`` [item, channel, batch] is what items add, ``where`` [item] their GPUs, ``expert`` [item] what they are (two
     of one expert never share a GPU), ``usage`` [GPU, channel, batch] the sums, ``weights`` [batch]; ``load`` [item]
-    counts against ``cap`` in ``busy`` [GPU]. ``where``, ``usage`` and ``busy`` end in the best state, whose value is
-    returned.
+    counts against ``cap`` in ``busy`` [GPU]; ``moving`` [item, GPU] is the cost of an item there, beside the sum.
+    ``where``, ``usage`` and ``busy`` end in the best state, whose value, sum and cost, is returned.
     """
     items, batches = len(where), len(weights)
     groups = 1 if usage.shape[1] == 1 else 2
     top, who = np.zeros((groups, TOP, batches), np.float32), np.zeros((groups, TOP, batches), np.int16)
     # of every GPU the steps in which it is the busiest: those from one of its numbers to the next
     begin, steps = np.zeros((groups, len(usage) + 1), np.int64), np.zeros((groups, batches), np.int64)
-    tops = (top, who, begin, steps)
-    _retop(usage, tops)
+    tops = (top, who, begin, steps, np.zeros((groups, len(usage))))
+    _retop(usage, weights, tops)
     left = np.array([budget])
-    value = _descend(work, where, expert, usage, weights, load, busy, cap, tops, _value_of(top, weights), left, word)
+    value = _value_of(top, weights) + _cost_of(where, moving)
+    value = _descend(work, where, expert, usage, weights, load, busy, cap, moving, tops, value, left, word)
     best, best_where, best_usage, best_busy = value, where.copy(), usage.copy(), busy.copy()
     for _ in range(kicks):
         if left[0] <= 0:
@@ -58,15 +67,40 @@ def descend_and_kick(
             a, c = _next(word) % items, _next(word) % items
             if not _forbidden(a, c, where, expert, load, busy, cap):
                 _swap(a, c, work, where, usage, load, busy)
-        _retop(usage, tops)
-        value = _value_of(top, weights)
-        value = _descend(work, where, expert, usage, weights, load, busy, cap, tops, value, left, word)
+        _retop(usage, weights, tops)
+        value = _value_of(top, weights) + _cost_of(where, moving)
+        value = _descend(work, where, expert, usage, weights, load, busy, cap, moving, tops, value, left, word)
         if value < best - LEAST_GAIN * best:
             best = value
             best_where[:], best_usage[:], best_busy[:] = where, usage, busy
         else:
             where[:], usage[:], busy[:] = best_where, best_usage, best_busy
     return best
+
+
+def judge_swaps(
+    work: Any, where: Any, expert: Any, usage: Any, weights: Any, load: Any, busy: Any, cap: float, away: Any,
+    found: Any,
+) -> None:  # fmt: skip
+    """Fill ``found``: the change of the weighted sum by every swap [item, item], and how many more items are away.
+
+    ``away`` [item, GPU] is 1 where an item on a GPU counts as moved; other arrays are as in :func:`descend_and_kick`.
+    Entries of swaps that may not be are left as they are. Complexity: O(items² · batches).
+    """
+    items, batches = len(where), len(weights)
+    groups = 1 if usage.shape[1] == 1 else 2
+    top, who = np.zeros((groups, TOP, batches), np.float32), np.zeros((groups, TOP, batches), np.int16)
+    begin, steps = np.zeros((groups, len(usage) + 1), np.int64), np.zeros((groups, batches), np.int64)
+    tops = (top, who, begin, steps, np.zeros((groups, len(usage))))
+    _retop(usage, weights, tops)
+    change, more = found
+    for first in range(items):
+        for second in range(first + 1, items):
+            if _breaks(first, second, where, expert, load, busy, cap) or _together(first, second, where, expert):
+                continue
+            g, h = where[first], where[second]
+            change[first, second] = _change(first, second, work, where, usage, weights, tops, np.inf)
+            more[first, second] = away[first, h] + away[second, g] - away[first, g] - away[second, h]
 
 
 def _value_of(top: Any, weights: Any) -> float:
@@ -78,9 +112,17 @@ def _value_of(top: Any, weights: Any) -> float:
     return value
 
 
+def _cost_of(where: Any, moving: Any) -> float:
+    """Cost of where items are."""
+    cost = 0.0
+    for item in range(len(where)):
+        cost += moving[item, where[item]]
+    return cost
+
+
 def _descend(
-    work: Any, where: Any, expert: Any, usage: Any, weights: Any, load: Any, busy: Any, cap: float, tops: Any,
-    value: float, left: Any, word: Any,
+    work: Any, where: Any, expert: Any, usage: Any, weights: Any, load: Any, busy: Any, cap: float, moving: Any,
+    tops: Any, value: float, left: Any, word: Any,
 ) -> float:  # fmt: skip
     """Take the first swap that helps, in an order that begins anywhere, until none of all does."""
     items = len(where)
@@ -94,12 +136,14 @@ def _descend(
         if first >= second or _breaks(first, second, where, expert, load, busy, cap):
             continue
         left[0] -= 1
-        most = -LEAST_GAIN * value
+        g, h = where[first], where[second]
+        moved = moving[first, h] + moving[second, g] - moving[first, g] - moving[second, h]
+        most = -LEAST_GAIN * value - moved
         change = _change(first, second, work, where, usage, weights, tops, most)
         if change < most and not _together(first, second, where, expert):
             _swap(first, second, work, where, usage, load, busy)
-            _retop(usage, tops)
-            value += change
+            _retop(usage, weights, tops)
+            value += change + moved
             idle = 0
     return value
 
@@ -109,7 +153,12 @@ def _change(
 ) -> float:  # fmt: skip
     """Change of the weighted sum when two items swap, or something no less than ``most`` where it is no less."""
     g, h = where[first], where[second]
-    top, who, begin, steps = tops
+    top, who, begin, steps, hope = tops
+    change = 0.0
+    for group in range(top.shape[0]):
+        change -= hope[group, g] + hope[group, h]
+    if change >= most:
+        return change
     change = 0.0
     for group in range(top.shape[0]):
         for gpu in (g, h):
@@ -193,9 +242,13 @@ def _swap(first: int, second: int, work: Any, where: Any, usage: Any, load: Any,
     where[first], where[second] = h, g
 
 
-def _retop(usage: Any, tops: Any) -> None:
-    """Find the busiest three GPUs of every step, in every group of channels, and the steps of every busiest GPU."""
-    top, who, begin, steps = tops
+def _retop(usage: Any, weights: Any, tops: Any) -> None:
+    """Find the busiest three GPUs of every step, in every group of channels; of every GPU the steps it is busiest in.
+
+    And the most that a swap of one of its copies can gain in these: down to the third busiest GPU, where the second is
+    the one it swaps with.
+    """
+    top, who, begin, steps, hope = tops
     gpus, channels, batches = usage.shape
     top[:] = -1.0
     who[:] = -1
@@ -211,6 +264,9 @@ def _retop(usage: Any, tops: Any) -> None:
             for b in range(batches):
                 top[group, place, b] = max(top[group, place, b], 0.0)
         _list(who[group, 0], begin[group], steps[group])
+        hope[group] = 0.0
+        for b in range(batches):
+            hope[group, who[group, 0, b]] += weights[b] * (top[group, 0, b] - top[group, TOP - 1, b])
 
 
 def _list(busiest: Any, begin: Any, steps: Any) -> None:
