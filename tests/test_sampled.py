@@ -231,6 +231,11 @@ def test_a_swap_is_turned_down_only_where_it_does_not_help(seed: int, objective:
         after[g] += work[second] - work[first]
         after[h] -= work[second] - work[first]
         true = float(layer_times(after) @ weights) - before
+        two, all_of_them = (tuple(array.copy() for array in tops) for _ in range(2))
+        kernels._retop_two(g, h, after, weights, two)
+        kernels._retop(after, weights, all_of_them)
+        assert (two[0] == all_of_them[0]).all()
+        assert two[4].sum() == pytest.approx(all_of_them[4].sum())
         for most in (-1e-7 * before, -0.02 * before):
             told = kernels._change(first, second, work, state.where, usage, weights, tops, most)
             assert told == pytest.approx(true, abs=1e-5 * before) if told < most else true >= most - 1e-5 * before

@@ -126,7 +126,7 @@ def improve_mean_layers(
 
     def improve(layer: int) -> tuple[Ints, float]:
         state = LayerItems(placement.slots[layer], search.room, tables, layer, search.load[layer])
-        moving = moving_costs(search, layer, state)
+        moving = np.zeros((0, 0)) if search.moving is None else moving_costs(search, layer, state)
         word = np.array([(search.seed * 1_000_003 + layer + 1) * 0x9E3779B97F4A7C15 % 2**64 | 1], np.uint64)
         rng = np.random.default_rng([search.seed, layer])
         spare = len(state.expert) > len(state.load) and search.moving is None

@@ -25,8 +25,8 @@ SINGLE = 1 << 20  # added to the number of an expert that has one copy: no other
 def compiled_mean() -> Callable[..., Any]:
     """Return the compiled :func:`descend_and_kick`."""
     return compile_kernel(
-        descend_and_kick, _descend, _forbidden, _breaks, _together, _change, _swap, _retop, _list, _insert,
-        _group_value, _next, _busiest_beside, _value_of, _cost_of,
+        descend_and_kick, _descend, _forbidden, _breaks, _together, _change, _harm, _swap, _retop, _retop_two, _level,
+        _hopes, _list, _insert, _group_value, _next, _busiest_beside, _value_of, _cost_of,
     )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def compiled_mean() -> Callable[..., Any]:
 def compiled_judge() -> Callable[..., Any]:
     """Return the compiled :func:`judge_swaps`."""
     return compile_kernel(
-        judge_swaps, _breaks, _together, _change, _retop, _list, _insert, _group_value, _busiest_beside
+        judge_swaps, _breaks, _together, _change, _harm, _retop, _hopes, _list, _insert, _group_value, _busiest_beside
     )  # fmt: skip
 
 
@@ -46,8 +46,8 @@ def descend_and_kick(
 
     ``work`` [item, channel, batch] is what items add, ``where`` [item] their GPUs, ``expert`` [item] what they are (two
     of one expert never share a GPU), ``usage`` [GPU, channel, batch] the sums, ``weights`` [batch]; ``load`` [item]
-    counts against ``cap`` in ``busy`` [GPU]; ``moving`` [item, GPU] is the cost of an item there, beside the sum.
-    ``where``, ``usage`` and ``busy`` end in the best state, whose value, sum and cost, is returned.
+    counts against ``cap`` in ``busy`` [GPU]; ``moving`` [item, GPU] is the cost of an item there, beside the
+    sum (empty: none). ``where``, ``usage`` and ``busy`` end in the best state, whose value, sum and cost, is returned.
     """
     items, batches = len(where), len(weights)
     groups = 1 if usage.shape[1] == 1 else 2
@@ -115,7 +115,7 @@ def _value_of(top: Any, weights: Any) -> float:
 def _cost_of(where: Any, moving: Any) -> float:
     """Cost of where items are."""
     cost = 0.0
-    for item in range(len(where)):
+    for item in range(len(moving)):
         cost += moving[item, where[item]]
     return cost
 
@@ -136,13 +136,16 @@ def _descend(
         if first >= second or _breaks(first, second, where, expert, load, busy, cap):
             continue
         left[0] -= 1
-        g, h = where[first], where[second]
-        moved = moving[first, h] + moving[second, g] - moving[first, g] - moving[second, h]
+        moved = 0.0
+        if len(moving):
+            g, h = where[first], where[second]
+            moved = moving[first, h] + moving[second, g] - moving[first, g] - moving[second, h]
         most = -LEAST_GAIN * value - moved
         change = _change(first, second, work, where, usage, weights, tops, most)
         if change < most and not _together(first, second, where, expert):
+            g, h = where[first], where[second]
             _swap(first, second, work, where, usage, load, busy)
-            _retop(usage, weights, tops)
+            _retop_two(g, h, usage, weights, tops)
             value += change + moved
             idle = 0
     return value
@@ -166,17 +169,33 @@ def _change(
                 b = steps[group, place]
                 new = _group_value(first, second, g, h, work, usage, group, b)
                 rest = _busiest_beside(g, h, top, who, group, b)
-                change += weights[b] * (max(new, rest) - top[group, 0, b])
+                # where it becomes more than now, that is added below
+                change += weights[b] * min(0.0, max(new, rest) - top[group, 0, b])
     if change >= most:
         return change
+    if usage.shape[1] == 1:
+        return _harm(work[first, 0], work[second, 0], usage[g, 0], usage[h, 0], top[0, 0], weights, change, most)
     for group in range(top.shape[0]):
         for b in range(len(weights)):
-            if who[group, 0, b] != g and who[group, 0, b] != h:
-                new = _group_value(first, second, g, h, work, usage, group, b)
-                if new > top[group, 0, b]:
-                    change += weights[b] * (new - top[group, 0, b])
-                    if change >= most:
-                        return change
+            new = _group_value(first, second, g, h, work, usage, group, b)
+            if new > top[group, 0, b]:
+                change += weights[b] * (new - top[group, 0, b])
+                if change >= most:
+                    return change
+    return change
+
+
+def _harm(
+    first: Any, second: Any, giver: Any, taker: Any, busiest: Any, weights: Any, change: float, most: float
+) -> float:  # fmt: skip
+    """Add to a change what either GPU has above the busiest of now, until that is too much."""
+    for b in range(len(weights)):
+        moved = second[b] - first[b]
+        above = max(giver[b] + moved, taker[b] - moved) - busiest[b]
+        if above > 0:
+            change += weights[b] * above
+            if change >= most:
+                return change
     return change
 
 
@@ -248,7 +267,7 @@ def _retop(usage: Any, weights: Any, tops: Any) -> None:
     And the most that a swap of one of its copies can gain in these: down to the third busiest GPU, where the second is
     the one it swaps with.
     """
-    top, who, begin, steps, hope = tops
+    top, who = tops[0], tops[1]
     gpus, channels, batches = usage.shape
     top[:] = -1.0
     who[:] = -1
@@ -259,13 +278,43 @@ def _retop(usage: Any, weights: Any, tops: Any) -> None:
                 value = max(value, usage[g, 1, b])
                 _insert(usage[g, 2, b], g, top, who, 1, b)
             _insert(value, g, top, who, 0, b)
+    _hopes(weights, tops)
+
+
+def _retop_two(g: int, h: int, usage: Any, weights: Any, tops: Any) -> None:
+    """Do what :func:`_retop` does where two GPUs alone have changed: in the steps where they were or now are on top."""
+    top, who = tops[0], tops[1]
+    for group in range(top.shape[0]):
+        for b in range(usage.shape[2]):
+            least, changed = top[group, TOP - 1, b], False
+            for place in range(TOP):
+                changed = changed or who[group, place, b] == g or who[group, place, b] == h
+            if not changed and _level(usage, g, group, b) <= least and _level(usage, h, group, b) <= least:
+                continue
+            for place in range(TOP):
+                top[group, place, b], who[group, place, b] = -1.0, -1
+            for gpu in range(usage.shape[0]):
+                _insert(_level(usage, gpu, group, b), gpu, top, who, group, b)
+    _hopes(weights, tops)
+
+
+def _level(usage: Any, gpu: int, group: int, b: int) -> float:
+    """Value of a GPU in a group of channels."""
+    if usage.shape[1] == 1:
+        return float(usage[gpu, 0, b])
+    return float(usage[gpu, 2, b]) if group == 1 else float(max(usage[gpu, 0, b], usage[gpu, 1, b]))
+
+
+def _hopes(weights: Any, tops: Any) -> None:
+    """List the steps of every busiest GPU, and add up what its swaps may gain in them."""
+    top, who, begin, steps, hope = tops
     for group in range(top.shape[0]):
         for place in range(TOP):
-            for b in range(batches):
+            for b in range(top.shape[2]):
                 top[group, place, b] = max(top[group, place, b], 0.0)
         _list(who[group, 0], begin[group], steps[group])
         hope[group] = 0.0
-        for b in range(batches):
+        for b in range(top.shape[2]):
             hope[group, who[group, 0, b]] += weights[b] * (top[group, 0, b] - top[group, TOP - 1, b])
 
 
