@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from moeplace.sampled import (
 )
 from moeplace.sampled import kernel as kernels
 from moeplace.sampled.improve import LayerItems
+from moeplace.sampled.joint_kernel import descend_joint
 from moeplace.sampled.tables import layer_times
 from moeplace.scoring import draw_steps, score
 from moeplace.solution import Limits, Status
@@ -264,6 +266,27 @@ def test_caps_hold_and_copies_stay_apart() -> None:
     ):
         assert (found.gpu_load(load).max(axis=1) <= cap * (1 + 1e-9)).all()
         assert not found.duplicates()
+
+
+def test_what_is_done_in_seconds_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By layers, steps, swaps and words of tokens, not by the budget alone; much work is compiled."""
+    compiled: list[str] = []
+
+    def ask(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        compiled.append(name)
+        return plain
+
+    monkeypatch.setattr("moeplace.sampled.improve.compiled_mean", partial(ask, "mean", kernels.descend_and_kick))
+    monkeypatch.setattr("moeplace.sampled.joint.compiled_joint", partial(ask, "joint", descend_joint))
+    problem = _problem(8, risk="p99", layers=1, experts=4, batches=16)
+    assert solve(problem, "saa", Limits(work=0.001)).placement is not None
+    assert not compiled
+    start = random_placement(0, problem.slots_per_gpu, 1, 4)
+    wide = _search(problem, kicks=10**6, budget=10**6, stop=lambda: True)
+    costs = Costs(StepTables.of(problem), Wire.of(problem, np.arange(16), price=0.01))
+    improve_mean(costs.tables, start, np.full(16, 1 / 16), wide)
+    improve_joint(costs, start, wide)
+    assert compiled == ["mean", "joint"]
 
 
 @pytest.mark.slow

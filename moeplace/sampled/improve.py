@@ -17,6 +17,7 @@ from moeplace.sampled.tables import StepTables
 COMPILE_FROM = 2_000_000  # swaps times steps
 REPLICA_KICKS = 0.25  # of all kicks, where slots are spare
 TAIL = 0.05
+PASSES = 4  # over all swaps, from one kick to the next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,12 @@ class Search:
     threads: int
     stop: Callable[[], bool]
     moving: Floats | None = None
+
+    @property
+    def swaps(self) -> int:
+        """Swaps a layer may come to, about: small layers end long before the budget."""
+        items = int(self.room.sum())
+        return min(self.budget, PASSES * (self.kicks + 1) * items * items // 2)
 
 
 class LayerItems:
@@ -121,7 +128,7 @@ def improve_mean_layers(
         budget · batches), but few of the batches are looked at for most swaps.
     """
     layers, batches = placement.num_layers, len(weights)
-    many = layers * search.budget * batches >= COMPILE_FROM
+    many = layers * search.swaps * batches >= COMPILE_FROM
     kernel = compiled_mean() if many else descend_and_kick
 
     def improve(layer: int) -> tuple[Ints, float]:
