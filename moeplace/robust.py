@@ -2,10 +2,10 @@
 
 A sample average fits the steps it saw, and loses on others: that of five domains may be worse on a sixth than plain
 balance. What it fits most are the few experts that a step loads far above all others, and those are others elsewhere;
-square roots of the loads, which weigh them less, carry over better. Here each scenario (a trace, or a domain of one) is
-left out in turn, every method answers for the others and is judged on it, and the method whose worst relative value is
-least answers for all. The worst is taken over the set, or over mixtures within a ball around equal weights in total
-variation (distributionally robust optimisation; Ben-Tal et al., Management Science 59, 2013).
+square roots of the loads, which weigh them less, are one method more to be tried. Here each scenario (a trace, or a
+domain of one) is left out in turn, every method answers for the others and is judged on it, and the method whose worst
+relative value is least answers for all. The worst is taken over the set, or over mixtures within a ball around equal
+weights in total variation (distributionally robust optimisation; Ben-Tal et al., Management Science 59, 2013).
 """
 
 from __future__ import annotations
