@@ -12,6 +12,7 @@ import numpy as np
 
 from moeplace.tails import Estimate, over_seeds, paired, summarise
 from moeplace.trials import Outcome, PhaseTimes, Setup
+from moeplace.validated import Validated
 
 SCHEMA = "moeplace/compare/1"
 DIGITS = 9
@@ -149,8 +150,13 @@ def _marked(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def comparison_to_dict(outcomes: Sequence[Outcome], setup: Setup) -> dict[str, Any]:
-    """Return a ``moeplace/compare/1`` document: the rows, every trial, and what failed; no times of this machine."""
+def comparison_to_dict(
+    outcomes: Sequence[Outcome], setup: Setup, validations: Sequence[Validated] | None = None
+) -> dict[str, Any]:
+    """Return a ``moeplace/compare/1`` document: the rows, every trial, and what failed; no times of this machine.
+
+    ``validations``, where there are any, stand under that name.
+    """
     trials = []
     for outcome in outcomes:
         entry = {name: getattr(outcome.trial, name) for name in outcome.trial.__slots__}
@@ -158,7 +164,7 @@ def comparison_to_dict(outcomes: Sequence[Outcome], setup: Setup) -> dict[str, A
         entry |= {name: _rounded(getattr(outcome, name)) for name in ("objective", "gap")}
         means = {times.phase: _rounded(float(times.step_us.mean())) for times in outcome.times}
         trials.append(entry | {"mean_step_us": means})
-    return {
+    document = {
         "schema": SCHEMA,
         "dataflow": setup.choices.dataflow,
         "split": setup.split,
@@ -166,6 +172,7 @@ def comparison_to_dict(outcomes: Sequence[Outcome], setup: Setup) -> dict[str, A
         "trials": trials,
         "notes": list(notes_of(outcomes)),
     }
+    return document if validations is None else document | {"validations": [one.to_dict() for one in validations]}
 
 
 def notes_of(outcomes: Sequence[Outcome]) -> tuple[str, ...]:

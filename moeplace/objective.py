@@ -29,7 +29,7 @@ from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, NORMAL, Exchange, Tra
 from moeplace.placement import Placement
 from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, DISPATCH_COMBINE, GPU, LOAD, STEP_TIME, Problem
 from moeplace.routing import Router
-from moeplace.simulate import simulate, simulate_counts
+from moeplace.simulate import check_shapes, counts_max_over_mean, simulate, simulate_counts
 from moeplace.tails import risk_value
 from moeplace.trace import Counts
 from moeplace.traffic import dispatch_traffic, home_ranks
@@ -102,6 +102,9 @@ def step_values(problem: Problem, placement: Placement) -> Floats:
     steps, model, topology = problem.steps, problem.model, problem.topology
     if steps is None:
         raise ProblemError("the problem has no steps", rule="a risk is taken over sampled steps")
+    if isinstance(steps, Counts) and problem.objective == LOAD:
+        check_shapes(placement, problem.num_layers, problem.num_experts, topology)
+        return counts_max_over_mean(steps, placement)
     if isinstance(steps, Counts):
         run = simulate_counts(steps, placement, topology, model, phase=problem.law.phase)
     else:

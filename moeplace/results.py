@@ -18,6 +18,7 @@ from moeplace.files import atomic_output
 from moeplace.frozen import digest, replaced
 from moeplace.spool import Spooled
 from moeplace.trials import Outcome, TraceFile, TrialItem
+from moeplace.validated import Item, Tried
 
 CHUNK_BYTES = 1 << 22
 
@@ -57,17 +58,29 @@ class Results:
         if outcome.failure is None:
             self.write(self._path(item), json.dumps(outcome.to_dict(), sort_keys=True) + "\n")
 
+    def load_tried(self, item: Item) -> Tried | None:
+        """Return what came of one case of a validation; None as for :meth:`load`."""
+        try:
+            return Tried.of_dict(item, json.loads(self._path(item, str(item.case)).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def save_tried(self, item: Item, tried: Tried) -> None:
+        """Keep what came of one case of a validation; a failure is tried again next time."""
+        if tried.failure is None:
+            self.write(self._path(item, str(item.case)), json.dumps(tried.to_dict(), sort_keys=True) + "\n")
+
     def write(self, path: Path, text: str) -> None:
         """Write a file that appears, or is replaced, when it is complete."""
         with atomic_output(path) as file:
             file.write(text.encode())
 
-    def _path(self, item: TrialItem) -> Path:
+    def _path(self, item: TrialItem | Item, case: str = "") -> Path:
         setup = replaced(item.setup, threads=1)  # which never changes a result
         choices = setup.choices
         named = (item.trial.topology, choices.model, choices.accelerator, choices.compute_table)
         files = tuple(_sha256(Path(name)) if name and Path(name).is_file() else name for name in named)
-        return self._trials / f"{digest((_program(), _content(item.source), item.trial, setup, files))[:32]}.json"
+        return self._trials / f"{digest((_program(), _content(item.source), item.trial, setup, files, case))[:32]}.json"
 
 
 @cache

@@ -11,6 +11,8 @@ from moeplace.model import ModelSpec
 from moeplace.report import TRAFFIC_WORDS, console, say, write_table
 from moeplace.scoring import Score, excess_removed
 from moeplace.tails import QUANTILES, Estimate, paired, risk_value, tail_steps
+from moeplace.validated import Validated
+from moeplace.validation import RIVAL
 
 MIN_TAIL_STEPS = 10
 LEGEND = "* the best of its column, its 95 % interval below all others'; over several seeds intervals are Student's t"
@@ -139,10 +141,33 @@ def suite_tables(rows: Sequence[Row]) -> None:
         say(f"\n{SUITE_LEGEND}", out)
 
 
-def comparison_markdown(rows: Sequence[Row]) -> str:
-    """Return the same tables as Markdown."""
+def validation_tables(found: Sequence[Validated]) -> None:
+    """Write one table per trace and topology, a line per solver and fit, and for each solver what it comes to."""
+    out = console()
+    for title, table in validation_rows(found):
+        say(f"\n{title}", out, "bold")
+        write_table(table, right=range(2, 6))
+    for one in found:
+        if one.validation is not None:
+            say(f"\n{one.trial.solver} on {one.trial.topology}, {one.trial.trace}: {one.validation.sentence()}", out)
+
+
+def validation_rows(found: Sequence[Validated]) -> list[tuple[str, list[list[str]]]]:
+    """Title and cells of each table."""
+    tables: dict[str, list[list[str]]] = {}
+    for one in found:
+        if one.validation is None:
+            continue
+        title = f"{one.trial.trace} on {one.trial.topology}: gain over {RIVAL} in the objective, on the other requests"
+        rows = tables.setdefault(title, [["solver", *one.validation.rows()[0]]])
+        rows += [[one.trial.solver, *line] for line in one.validation.lines()]
+    return list(tables.items())
+
+
+def comparison_markdown(rows: Sequence[Row], found: Sequence[Validated] = ()) -> str:
+    """Return the same tables as Markdown, those of validations after them."""
     parts = []
-    for title, (head, *lines) in comparison_rows(rows):
+    for title, (head, *lines) in [*comparison_rows(rows), *validation_rows(found)]:
         rule = ["---", *["---:"] * (len(head) - 1)]
         cells = "\n".join(f"| {' | '.join(cell.strip() for cell in line)} |" for line in [head, rule, *lines])
         parts.append(f"## {title}\n\n{cells}\n")

@@ -7,7 +7,7 @@ measurements: the constants are published ones and no public tail measurement ex
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,9 +170,7 @@ class _Tally:
         compute, dispatch, combine = (time.reshape(self._shape) for time in times)
         self._times.append((compute, dispatch, combine))
         load = load.reshape(*self._shape, -1).sum(axis=1)
-        mean = load.mean(axis=1)
-        # a recorded step may hold no token of a layer: nothing is out of balance then
-        ratio = np.divide(load.max(axis=1), mean, out=np.ones(len(load)), where=mean > 0)
+        ratio = _max_over_mean(load)
         self._ratio += ratio
         self._layers.append(
             LayerRow(
@@ -294,19 +292,39 @@ def simulate_counts(
     check_shapes(placement, counts.meta.num_layers, counts.meta.num_experts, topology)
     compute = ExpertCompute.of(model, topology.accelerator, phase)
     gpus = topology.num_gpus
-    slots = np.maximum(placement.slots, 0)
-    share = np.where(
-        placement.slots == EMPTY,
-        0.0,
-        1 / np.take_along_axis(placement.replicas()[:, None, :], slots.astype(np.int64), axis=2),
-    )
     tokens = counts.counts.sum(axis=2) / counts.meta.top_k
     tally = _Tally(counts.num_steps, 1, topology, model)
-    for layer, layer_id in enumerate(counts.meta.layer_ids):
-        rows = counts.counts[:, layer, slots[layer]] * share[layer]
+    for layer, (layer_id, rows) in enumerate(zip(counts.meta.layer_ids, _slot_rows(counts, placement), strict=True)):
         load = rows.sum(axis=2)
         busy = compute.rank_us(rows, tokens[:, layer, None] / gpus)
         compute_us = (busy if topology.gpu_speed is None else busy / topology.gpu_speed).max(axis=1)
         traffic = Traffic(copies=np.repeat(load[:, None, :] / gpus, gpus, axis=1))
         tally.add_layer(layer_id, load, (compute_us, *tally.dispatch_and_combine(traffic, LOW_LATENCY)))
     return tally.result(float(counts.counts.sum(axis=2).mean()) / gpus)
+
+
+def counts_max_over_mean(counts: Counts, placement: Placement) -> Floats:
+    """``[step]`` GPU load max/mean, mean over layers: what :func:`simulate_counts` tells of it, without any times.
+
+    Complexity: O(steps · layers · slots).
+    """
+    total = np.zeros(counts.num_steps)
+    for rows in _slot_rows(counts, placement):
+        total += _max_over_mean(rows.sum(axis=2))
+    return total / max(1, counts.meta.num_layers)
+
+
+def _slot_rows(counts: Counts, placement: Placement) -> Iterator[Floats]:
+    """Layer by layer, ``[step, GPU, slot]`` rows of every slot; copies of an expert share them evenly."""
+    slots = np.maximum(placement.slots, 0).astype(np.int64)
+    share = 1 / np.take_along_axis(placement.replicas()[:, None, :], slots, axis=2)
+    share = np.where(placement.slots == EMPTY, 0.0, share)
+    for layer in range(placement.num_layers):
+        yield counts.counts[:, layer, slots[layer]] * share[layer]
+
+
+def _max_over_mean(load: Floats) -> Floats:
+    """``[step]`` busiest over mean of ``[step, GPU]``; 1 where a step holds no token: nothing is out of balance."""
+    mean = load.mean(axis=1)
+    ratio: Floats = np.divide(load.max(axis=1), mean, out=np.ones(len(load)), where=mean > 0)
+    return ratio

@@ -9,7 +9,7 @@ enough.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,20 +17,45 @@ import numpy as np
 
 from moeplace.build import Choices, build_problem
 from moeplace.errors import InputError
-from moeplace.frozen import Ints
+from moeplace.frozen import Ints, replaced
 from moeplace.objective import objective_value
 from moeplace.placement import Placement
 from moeplace.solution import Limits, Report
 from moeplace.solvers import solve
 from moeplace.split import parse_split, select_tokens
+from moeplace.suites import Method
 from moeplace.tails import Estimate
 from moeplace.trace import Counts, Trace, TraceStream, concatenate
 
 RIVAL = "eplb"
-RESAMPLES = 20
+RESAMPLES = 40
+HALVES = 2  # splits into halves
 SHARES = (0.125, 0.25, 0.5, 1.0)  # of the fit part's requests
 ROUNDS = 12  # exchanges of each choice of the null trace
 STEPS = 150  # drawn where a tail or the mean of steps is judged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What is fitted to.
+
+    Attributes
+    ----------
+    split
+        As :func:`~moeplace.split.parse_split` takes it.
+    share
+        Of the requests of its fit part.
+    null
+        Whether both parts are replaced by their null traces.
+    """
+
+    split: str
+    share: float = 1.0
+    null: bool = False
+
+    def __str__(self) -> str:
+        part = self.split if self.share == 1 else f"{100 * self.share:g} % of {self.split}"
+        return f"{part}, null trace" if self.null else part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +88,18 @@ class Validation:
 
     def rows(self) -> list[list[str]]:
         """Return a table: what was fitted, its requests, gain on fit and test, interval."""
-        rows = [["fitted to", "requests", "gain, fit", "gain, test", "95 % interval"]]
+        return [["fitted to", "requests", "gain, fit", "gain, test", "95 % interval"], *map(list, self.lines())]
+
+    def lines(self) -> list[tuple[str, str, str, str, str]]:
+        """Return the table without its head."""
         named = [
-            ("half:0, null trace", self.null),
-            *[(f"{100 * share:g} % of half:0", one) for share, one in zip(SHARES, self.curve, strict=True)],
+            (f"{100 * share:g} % of {self.splits[0].name}", one) for share, one in zip(SHARES, self.curve, strict=True)
         ]
-        for name, one in [*[(one.name, one) for one in self.splits], *named]:
+        lines = []
+        for name, one in [*[(one.name, one) for one in self.splits], (self.null.name, self.null), *named]:
             low, high = (f"{100 * value:+.2f}" for value in (one.test.low, one.test.high))
-            rows.append([name, f"{one.requests:,}", f"{one.fit:+.2%}", f"{one.test.value:+.2%}", f"{low} to {high} %"])
-        return rows
+            lines.append((name, f"{one.requests:,}", f"{one.fit:+.2%}", f"{one.test.value:+.2%}", f"{low} to {high} %"))
+        return lines
 
     def sentence(self) -> str:
         """What the figures come to."""
@@ -88,19 +116,47 @@ class Validation:
         return {
             "schema": "moeplace/validation/1",
             "against": RIVAL,
-            "splits": [_trial(one) for one in self.splits],
-            "null": _trial(self.null),
-            "curve": [{"share": share} | _trial(one) for share, one in zip(SHARES, self.curve, strict=True)],
+            "splits": [trial_to_dict(one) for one in self.splits],
+            "null": trial_to_dict(self.null),
+            "curve": [{"share": share} | trial_to_dict(one) for share, one in zip(SHARES, self.curve, strict=True)],
         }
 
+    @classmethod
+    def of(cls, trials: Mapping[Case, Trial]) -> Validation:
+        """Put the trials of all :func:`cases_of` together."""
+        whole = [trial for case, trial in trials.items() if case.share == 1 and not case.null]
+        null = next(trial for case, trial in trials.items() if case.null)
+        parts = [trial for case, trial in trials.items() if case.share < 1]
+        return cls(splits=tuple(whole), null=null, curve=(*parts, whole[0]))
 
-def _trial(one: Trial) -> dict[str, Any]:
+
+def trial_to_dict(one: Trial) -> dict[str, Any]:
+    """Return a trial as JSON values."""
     return {
         "fitted_to": one.name,
         "requests": one.requests,
         "gain_fit": one.fit,
         "gain_test": {"value": one.test.value, "interval": [one.test.low, one.test.high]},
     }
+
+
+def trial_of(document: Mapping[str, Any]) -> Trial:
+    """Take what :func:`_trial` returned."""
+    gain = document["gain_test"]
+    low, high = map(float, gain["interval"])
+    return Trial(
+        name=str(document["fitted_to"]),
+        requests=int(document["requests"]),
+        fit=float(document["gain_fit"]),
+        test=Estimate(value=float(gain["value"]), low=low, high=high),
+    )
+
+
+def cases_of(trace: Trace, halves: int = HALVES) -> tuple[Case, ...]:
+    """Return splits by request, time and, as far as the trace records them, domain; a null trace; parts of a half."""
+    names = [*(f"half:{seed}" for seed in range(halves)), "time:0.5", *_by_domain(trace)]
+    parts = [Case(split=names[0], share=share) for share in SHARES[:-1]]
+    return (*(Case(split=name) for name in names), Case(split=names[0], null=True), *parts)
 
 
 def validate(
@@ -127,61 +183,74 @@ def validate(
     InputError
         The source holds counts only.
     """
+    source = refuse_counts(source)
+    report = report or Report()
+    trace = concatenate(list(source.blocks()), source.meta)
+    cases, run = cases_of(trace), Fits(choices, Method(solver=solver), limits)
+    trials = {}
+    for number, case in enumerate(cases):
+        report.progress(number, len(cases), str(case))
+        trials[case] = run.trial(case, *sides(trace, case, limits.seed))
+    return Validation.of(trials)
+
+
+def refuse_counts(source: TraceStream | Counts) -> TraceStream:
+    """Return a source that holds tokens; raises :class:`~moeplace.errors.InputError` for counts."""
     if isinstance(source, Counts):
         raise InputError(
             "a validation of counts", rule="requests are resampled, and counts hold none",
             hint="record a per-token trace",
         )  # fmt: skip
-    report = report or Report()
-    trace = concatenate(list(source.blocks()), source.meta)
-    drawn = choices.risk_batches or (STEPS if choices.risk != "mean" else None)
-    plain = replace(
-        choices, baseline=None, max_moves=None, max_moved_bytes=None, max_moved_bytes_per_gpu=None,
-        horizon_steps=None, risk_batches=drawn,
-    )  # fmt: skip
-    names = ["half:0", "half:1", "time:0.5", *_by_domain(trace)]
-    run = _Run(plain, solver, limits)
-    trials = []
-    for number, name in enumerate(names):
-        report.progress(number, len(names) + len(SHARES) + 1, name)
-        trials.append(run.trial(name, *_parts(trace, name)))
-    report.progress(len(names), len(names) + len(SHARES) + 1, "null trace")
-    fit, test = _parts(trace, names[0])
-    null = run.trial("half:0, null trace", *(null_trace(part, limits.seed) for part in (fit, test)))
-    curve = [run.trial(f"{100 * share:g} % of half:0", first_requests(fit, share), test) for share in SHARES[:-1]]
-    return Validation(splits=tuple(trials), null=null, curve=(*curve, trials[0]))
+    return source
 
 
-class _Run:
-    """Fits and tests under the same choices."""
+class Fits:
+    """Fits and tests under the same choices; moves and baselines are left out."""
 
-    def __init__(self, choices: Choices, solver: str, limits: Limits) -> None:
-        self.choices, self.solver, self.limits = choices, solver, limits
+    def __init__(self, choices: Choices, method: Method, limits: Limits) -> None:
+        self.choices = replace(
+            choices, baseline=None, max_moves=None, max_moved_bytes=None, max_moved_bytes_per_gpu=None,
+            horizon_steps=None, risk_batches=choices.risk_batches or (STEPS if choices.risk != "mean" else None),
+        )  # fmt: skip
+        self.method, self.limits = method, limits.replace(options={**limits.options, **method.options})
+        # a method is judged with the choice of copies it comes with
+        self.own = self.choices if method.routing is None else replace(self.choices, routing=method.routing)
 
-    def trial(self, name: str, fit: Trace, test: Trace) -> Trial:
+    def trial(self, case: Case, fit: Trace, test: Trace) -> Trial:
+        """Fit the method and EPLB to one part and judge both on the other.
+
+        Complexity: two solves, and :data:`RESAMPLES` counts of the test part.
+        """
         problem = build_problem(fit, self.choices)
+        posed = build_problem(fit, replaced(self.own, **self.method.goals)) if self._differs else problem
         rival = solve(problem, RIVAL, Limits()).placement
-        answer = solve(problem, self.solver, self.limits).placement
+        answer = solve(posed, self.method.solver, self.limits).placement
         if rival is None or answer is None:
-            raise InputError(f"no placement for {name}", rule="a validation needs an answer for every split")
+            raise InputError(f"no placement for {case}", rule="a validation needs an answer for every split")
         pair = (answer, rival)
         return Trial(
-            name=name,
+            name=str(case),
             requests=len(np.unique(fit.request)),
-            fit=_gain([objective_value(problem, one) for one in pair]),
+            fit=self._gain_on(fit, pair),
             test=self._interval(test, pair),
         )
+
+    @property
+    def _differs(self) -> bool:
+        return bool(self.method.goals) or self.own is not self.choices
 
     def _interval(self, test: Trace, pair: tuple[Placement, Placement]) -> Estimate:
         value = self._gain_on(test, pair)
         rng = np.random.default_rng(self.limits.seed)
         found = [self._gain_on(resampled(test, rng), pair) for _ in range(RESAMPLES)]
-        low, high = np.quantile(found, [0.025, 0.975])
+        # the busiest GPU of fewer distinct requests stands out more, for either: what that adds on average is taken off
+        low, high = value + np.quantile(found, [0.025, 0.975]) - np.mean(found)
         return Estimate(value=value, low=min(value, float(low)), high=max(value, float(high)))
 
     def _gain_on(self, part: Trace, pair: tuple[Placement, Placement]) -> float:
         problem = build_problem(part, self.choices)
-        return _gain([objective_value(problem, one) for one in pair])
+        own = problem if self.own is self.choices else build_problem(part, self.own)
+        return _gain([objective_value(own, pair[0]), objective_value(problem, pair[1])])
 
 
 def _gain(values: Sequence[float]) -> float:
@@ -197,12 +266,15 @@ def _by_domain(trace: Trace) -> list[str]:
     return [f"domain:{','.join(names[::2])}"] if len(names) > 1 and not any("," in name for name in names) else []
 
 
-def _parts(trace: Trace, name: str) -> tuple[Trace, Trace]:
-    split = parse_split(name)
+def sides(trace: Trace, case: Case, seed: int) -> tuple[Trace, Trace]:
+    """Return what is fitted to in a case, and what is tested on."""
+    split = parse_split(case.split)
     fit, test = (
         concatenate(list(select_tokens(trace, split=split, part=part).blocks()), trace.meta) for part in ("fit", "test")
     )
-    return fit, test
+    if case.share < 1:
+        fit = first_requests(fit, case.share)
+    return (null_trace(fit, seed), null_trace(test, seed)) if case.null else (fit, test)
 
 
 def first_requests(trace: Trace, share: float) -> Trace:

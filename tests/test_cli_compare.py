@@ -48,6 +48,45 @@ def test_a_grid_goes_on_and_grows(shell: Shell) -> None:
     assert "| random |" in (shell.folder / "r/comparison.md").read_text()
 
 
+def test_a_comparison_is_validated(shell: Shell) -> None:
+    """Every split of every solver, also in processes; kept and grown with the rest; what has no answer says why."""
+    line = "compare t.npz --num-gpus 2 --batches 20 --seeds 2 --work 0.01 --objective load --results v --validate"
+    document = shell(f"{line} -s eplb,balance --json").json
+    names = ["half:0", "half:1", "time:0.5"]
+    for one, solver in zip(document["validations"], ("eplb", "balance"), strict=True):
+        assert (one["solver"], one["schema"], one["against"]) == (solver, "moeplace/validation/1", "eplb")
+        assert [split["fitted_to"] for split in one["splits"]] == names
+        assert one["null"]["fitted_to"] == "half:0, null trace"
+        assert [part["share"] for part in one["curve"]] == [0.125, 0.25, 0.5, 1.0]
+    assert all(
+        split["gain_test"] == {"value": 0.0, "interval": [0.0, 0.0]} for split in document["validations"][0]["splits"]
+    )
+    grown = shell(f"{line} -s eplb,balance,saa --jobs 2 -v")
+    assert "21 fits to validate by, 14 of them kept from before" in grown.err
+    assert "saa chooses by sampled steps" in grown.err
+    assert grown.out.count("half:0, null trace") == 2
+    kept = json.loads((shell.folder / "v/comparison.json").read_text())
+    assert kept["validations"][:2] == document["validations"]
+    assert "saa chooses by sampled steps" in kept["validations"][2]["failure"]
+    assert "| balance | half:1 |" in (shell.folder / "v/comparison.md").read_text()
+    assert "validations" not in shell("compare t.npz --num-gpus 2 --batches 20 --seeds 1 -s eplb --json").json
+
+
+def test_counts_are_not_validated(shell: Shell) -> None:
+    """They are refused before the first run."""
+    (shell.folder / "c.json").write_text(json.dumps({"logical_count": [[5, 3, 2, 2], [1, 2, 3, 4]]}))
+    told = shell("compare c.json --num-gpus 2 -s eplb --validate", 1)
+    assert "a validation of counts" in told.err
+    assert told.out == ""
+
+
+def test_the_tail_is_compared_where_it_is_asked_for(shell: Shell) -> None:
+    """Solvers that need steps take part; objectives are of the risk."""
+    line = "compare t.npz --num-gpus 2 --batches 20 --seeds 1 --objective load --risk p99 --risk-batches 20 --work 0.01"
+    document = shell(f"{line} -s eplb,saa --batch-requests 2 --json").json
+    assert {row["solver"] for row in document["rows"]} == {"eplb", "saa"}
+
+
 def test_processes_give_the_same(shell: Shell) -> None:
     """Two processes give what one gives, and both the same as the runs kept."""
     one = shell(f"{GRID} --seeds 2 --json").out

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
-from moeplace.cli import COMMANDS, cli
+from moeplace.cli import COMMANDS, CONTEXT, cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -88,7 +88,8 @@ def test_help_examples_parse(name: str) -> None:
         found = re.search(rf"moeplace {name}( [^|>]*)?", line)
         if found:
             words = shlex.split(found.group(1) or "")
-            context = click.Context(command, info_name=name, resilient_parsing=True)
+            # click keeps a command's help option: with other names here, -h would be unknown to the tests after
+            context = click.Context(command, info_name=name, resilient_parsing=True, **CONTEXT)
             parser = command.make_parser(context)
             parser.parse_args(args=words)
 

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 from shell import Shell
 from strategies import make_trace
 
+from moeplace.batches import expert_rows
 from moeplace.build import Choices
 from moeplace.errors import InputError
+from moeplace.metrics import max_over_mean
 from moeplace.objective import objective_value
 from moeplace.reduction import counts_of
-from moeplace.robust import METHODS, sampled_problem, scenarios_of, solve_robust, union, worst_mixture
-from moeplace.solution import Limits
+from moeplace.robust import (
+    METHODS,
+    Method,
+    _run,
+    rooted,
+    sampled_problem,
+    scenarios_of,
+    solve_robust,
+    union,
+    worst_mixture,
+)
+from moeplace.solution import Limits, Report
 from moeplace.trace import Counts
 
 BRIEF = Limits(work=0.005)
@@ -54,6 +68,35 @@ def test_the_method_that_loses_least_answers() -> None:
         assert row[2] >= 0
     assert any(regrets.chosen in note for note in solution.notes)
     assert solution.objective == pytest.approx(objective_value(problem, solution.placement))
+
+
+@given(seed=st.integers(0, 1000), counted=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_roots_keep_the_order_of_experts_and_shrink_their_ratios(seed: int, counted: bool) -> None:
+    """Of tokens' steps as of counts: the ratio of two experts is the root of what it was, and nothing stays nothing."""
+    trace = make_trace(seed, tokens=60, layers=2, experts=6, top_k=2)
+    steps = counts_of(trace) if counted else sampled_problem(trace, CHOICES).steps
+    assert steps is not None
+    rows, found = expert_rows(steps), np.moveaxis(rooted(steps).counts, 0, 2)
+    assert ((found > 0) == (rows > 0)).all()
+    assert found.sum(axis=1) == pytest.approx(np.full(found.sum(axis=1).shape, 1 << 20), abs=6)
+    some = rows[:, :1] > 0
+    ratio = np.divide(rows, rows[:, :1], out=np.zeros(rows.shape), where=some)
+    changed = np.divide(found, found[:, :1], out=np.zeros(rows.shape), where=some)
+    assert changed == pytest.approx(np.sqrt(ratio), rel=1e-4)
+
+
+def test_roots_are_left_out_where_more_than_load_counts() -> None:
+    """A cap on copies needs tokens: the method does not take part; a cap on load is kept by it."""
+    sources = {name: make_trace(seed, tokens=120, layers=2, experts=8, top_k=2) for seed, name in enumerate("ab")}
+    _, _, regrets = solve_robust(sources, replace(CHOICES, copies_cap="2.0"), BRIEF)
+    assert not any("roots" in method for method in regrets.left_out)
+    problem = sampled_problem(sources["a"], replace(CHOICES, load_cap="eplb"))
+    answer = _run(problem, Method("saa", roots=True), BRIEF, Report())
+    assert answer.placement is not None
+    assert answer.objective == objective_value(problem, answer.placement)
+    assert problem.load_cap is not None
+    assert (max_over_mean(answer.placement, problem.stats.load) <= problem.load_cap * (1 + 1e-9)).all()
 
 
 def test_domains_and_counts_are_scenarios_too() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,8 @@ from moeplace.sampled import (
     joint_values,
 )
 from moeplace.sampled import kernel as kernels
+from moeplace.sampled.improve import LayerItems
+from moeplace.sampled.joint_kernel import descend_joint
 from moeplace.sampled.tables import layer_times
 from moeplace.scoring import draw_steps, score
 from moeplace.solution import Limits, Status
@@ -207,6 +211,38 @@ def test_swaps_lower_the_mean_to_the_optimum_of_a_small_layer(redundant: int) ->
         assert _value(problem, found, weights) == pytest.approx(best, rel=1e-5)
 
 
+@given(seed=st.integers(0, 1000), objective=st.sampled_from(["load", "step-time"]))
+@settings(max_examples=20, deadline=None)
+def test_a_swap_is_turned_down_only_where_it_does_not_help(seed: int, objective: str) -> None:
+    """Judged by the steps of its busiest GPUs first: what is taken has its true change, what is not is no less."""
+    problem = _problem(seed, layers=1, experts=8, topology="scale-up:4", objective=objective, batches=12)
+    start = random_placement(seed, problem.slots_per_gpu, 1, 8)
+    tables, weights = StepTables.of(problem), np.random.default_rng(seed).random(12)
+    state = LayerItems(start.slots[0], problem.slots_per_gpu, tables, 0, problem.stats.load[0].astype(np.float64))
+    work, usage, _, _ = state.arrays()
+    groups = 1 if objective == "load" else 2
+    top, who = np.zeros((groups, 3, 12), np.float32), np.zeros((groups, 3, 12), np.int16)
+    tops = (top, who, np.zeros((groups, 5), np.int64), np.zeros((groups, 12), np.int64), np.zeros((groups, 4)))
+    kernels._retop(usage, weights, tops)
+    before = float(layer_times(usage) @ weights)
+    for first, second in itertools.combinations(range(8), 2):
+        g, h = state.where[first], state.where[second]
+        if g == h:
+            continue
+        after = usage.copy()
+        after[g] += work[second] - work[first]
+        after[h] -= work[second] - work[first]
+        true = float(layer_times(after) @ weights) - before
+        two, all_of_them = (tuple(array.copy() for array in tops) for _ in range(2))
+        kernels._retop_two(g, h, after, weights, two)
+        kernels._retop(after, weights, all_of_them)
+        assert (two[0] == all_of_them[0]).all()
+        assert two[4].sum() == pytest.approx(all_of_them[4].sum())
+        for most in (-1e-7 * before, -0.02 * before):
+            told = kernels._change(first, second, work, state.where, usage, weights, tops, most)
+            assert told == pytest.approx(true, abs=1e-5 * before) if told < most else true >= most - 1e-5 * before
+
+
 def test_the_tail_is_lowered_where_it_is_asked_for() -> None:
     """All weight on the worst steps: their mean falls and never rises."""
     problem = _problem(5, layers=3, experts=8, topology="scale-up:4", risk="cvar95", batches=60)
@@ -230,6 +266,27 @@ def test_caps_hold_and_copies_stay_apart() -> None:
     ):
         assert (found.gpu_load(load).max(axis=1) <= cap * (1 + 1e-9)).all()
         assert not found.duplicates()
+
+
+def test_what_is_done_in_seconds_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By layers, steps, swaps and words of tokens, not by the budget alone; much work is compiled."""
+    compiled: list[str] = []
+
+    def ask(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        compiled.append(name)
+        return plain
+
+    monkeypatch.setattr("moeplace.sampled.improve.compiled_mean", partial(ask, "mean", kernels.descend_and_kick))
+    monkeypatch.setattr("moeplace.sampled.joint.compiled_joint", partial(ask, "joint", descend_joint))
+    problem = _problem(8, risk="p99", layers=1, experts=4, batches=16)
+    assert solve(problem, "saa", Limits(work=0.001)).placement is not None
+    assert not compiled
+    start = random_placement(0, problem.slots_per_gpu, 1, 4)
+    wide = _search(problem, kicks=10**6, budget=10**6, stop=lambda: True)
+    costs = Costs(StepTables.of(problem), Wire.of(problem, np.arange(16), price=0.01))
+    improve_mean(costs.tables, start, np.full(16, 1 / 16), wide)
+    improve_joint(costs, start, wide)
+    assert compiled == ["mean", "joint"]
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from moeplace.placement import EMPTY, Placement
 from moeplace.problem import DATAFLOWS, slots_for
 from moeplace.routing import POLICIES, Router
 from moeplace.scoring import draw_steps
-from moeplace.simulate import Simulation, simulate, simulate_counts
+from moeplace.simulate import Simulation, counts_max_over_mean, simulate, simulate_counts
 from moeplace.tails import noise_floor, summarise
 from moeplace.topology import Topology, load_topology
 from moeplace.trace import Counts, Trace
@@ -158,6 +158,7 @@ def test_counted_steps_equal_a_plain_evaluator(seed: int, phase: str) -> None:
     model = small_model(2, 5, 2, weight_bytes=float(rng.choice([0.01, 1])))
     slow = SlowStep(topology, model, phase)
     found = simulate_counts(counts, placement, topology, model, phase=phase)
+    assert (counts_max_over_mean(counts, placement) == found.step_max_over_mean).all()
     for step in range(3):
         total = 0.0
         for layer in range(2):

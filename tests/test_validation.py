@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,7 +20,23 @@ from moeplace.reduction import counts_of
 from moeplace.solution import Limits
 from moeplace.solvers import solve
 from moeplace.split import parse_split, select
-from moeplace.validation import SHARES, first_requests, null_trace, resampled, validate
+from moeplace.suites import Method
+from moeplace.tails import Estimate
+from moeplace.trials import Setup, TraceFile
+from moeplace.trials import Trial as Contestant
+from moeplace.validated import Item, Tried, validated
+from moeplace.validation import (
+    SHARES,
+    Case,
+    Fits,
+    Trial,
+    cases_of,
+    first_requests,
+    null_trace,
+    resampled,
+    sides,
+    validate,
+)
 
 BRIEF = Limits(work=0.01)
 
@@ -80,6 +99,40 @@ def test_figures_are_the_objectives_on_the_other_part() -> None:
     assert len(np.unique(first_requests(trace, 0.5).request)) == round(0.5 * len(np.unique(trace.request)))
     with pytest.raises(InputError, match="validation of counts"):
         validate(counts_of(trace), choices, "balance", BRIEF)
+
+
+def test_a_method_is_validated_with_its_goals_and_its_choice_of_copies() -> None:
+    """Posed with its own objective and cap, judged by the comparison's, the rival without its routing."""
+    trace = make_trace(3, tokens=300, layers=2, experts=8, top_k=2)
+    choices, case = Choices(topology="scale-out:2x2", redundant=4, objective="load"), Case(split="half:0")
+    method = Method.of("grace:load-cap=2.0@weighted")
+    found = Fits(choices, method, BRIEF).trial(case, *sides(trace, case, 0))
+    fit, test = (select(trace, split=parse_split("half:0"), part=part) for part in ("fit", "test"))
+    routed = replace(choices, routing="weighted")
+    ours = solve(build_problem(fit, replace(routed, load_cap="2.0")), "grace", BRIEF).placement
+    rival = solve(build_problem(fit, choices), "eplb", BRIEF).placement
+    assert ours is not None
+    assert rival is not None
+    values = objective_value(build_problem(test, routed), ours), objective_value(build_problem(test, choices), rival)
+    assert found.test.value == pytest.approx(1 - values[0] / values[1])
+
+
+def test_a_comparison_needs_every_case() -> None:
+    """A contestant whose cases are not all done is left out; one with a failure says it; figures survive their JSON."""
+    trial = Contestant(trace="t", topology="scale-up:2", solver="eplb", seed=0)
+    items = [
+        Item(trial=trial, case=case, source=TraceFile(path="t.npz"), setup=Setup())
+        for case in cases_of(make_trace(0, tokens=60), 1)
+    ]
+    figures = Trial(name="half:0", requests=3, fit=0.25, test=Estimate(value=0.125, low=0.1, high=0.2))
+    tried = [Tried(trial=trial, case=item.case, found=figures) for item in items]
+    assert Tried.of_dict(items[0], json.loads(json.dumps(tried[0].to_dict()))) == tried[0]
+    assert validated(items, tried[:-1]) == []
+    (whole,) = validated(items, tried[::-1])
+    assert whole.validation is not None
+    assert len(whole.validation.splits) == 2
+    (failed,) = validated(items, [*tried[:-1], Tried(trial=trial, case=items[-1].case, failure="no")])
+    assert failed.to_dict()["failure"] == f"{items[-1].case}: no"
 
 
 def test_the_command_line_validates(shell: Shell) -> None:

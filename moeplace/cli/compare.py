@@ -14,7 +14,7 @@ import click
 
 from moeplace.cli import EXIT_INTERRUPTED
 from moeplace.cli.inputs import check_paths, choices_of, warn
-from moeplace.cli.options import batch_law, common, constants, execution, goal, option, threads
+from moeplace.cli.options import batch_law, common, constants, execution, goal, option, risk, threads
 from moeplace.cli.values import Duration, Whole
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moeplace.results import Results
     from moeplace.spool import Spooled
     from moeplace.trials import Outcome, Setup, TraceFile, TrialItem
+    from moeplace.validated import Validated
 
 EPILOG = """\b
 Examples:
@@ -29,6 +30,8 @@ Examples:
   moeplace compare trace.npz -s eplb,moetuner -t scale-up:8,torus:2x2x2 --seeds 5 --json
   moeplace compare a.npz b.npz -s linear,eplb --num-gpus 8 --results out/grid --jobs 2
   moeplace compare trace.npz -s eplb,auto --num-gpus 64 --num-redundant-experts 32 --by time:0.5
+  moeplace compare trace.npz -s eplb,saa -t scale-up:8 --objective load --risk p99
+  moeplace compare trace.npz -s eplb,auto -t scale-out:2x4 --validate --results out/held-out --jobs 2
   moeplace compare trace.npz --suite published -t scale-out:2x4 --num-redundant-experts 16 --seeds 1
 """
 STDIN = "-"
@@ -53,6 +56,7 @@ EXIT_NOTHING_FOUND = 4
 @option("--input-format", metavar="NAME", help="Format of the traces; default: by content (moeplace list formats).")
 @option("--skip-bad", type=Whole(0), help="Skip up to this many bad rows, or files of a folder of requests.")
 @goal
+@risk
 @option("--time-limit", type=Duration(), default="1m", help="Of one run of one solver: 90, 90s, 5m.")
 @option("--deterministic", is_flag=True, help="No stop by the wall clock: the work budget alone ends a run.")
 @option("--work", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Scale of the work budget.")
@@ -61,6 +65,12 @@ EXIT_NOTHING_FOUND = 4
     "--results",
     type=click.Path(file_okay=False),
     help="Folder that keeps every run, so that the same or a larger grid goes on there; gets JSON, CSV and Markdown.",
+)
+@option(
+    "--validate",
+    is_flag=True,
+    help="Also fit and test by request (--seeds halves), time and domain, on a null trace and on less of the trace: "
+    "gains over EPLB in the objective, with intervals over resampled requests.",
 )
 @option("--jobs", type=Whole(1), default=1, help="Runs at the same time, in processes of this machine.")
 @option("--cluster", metavar="ADDRESS", help="Run on a Dask cluster: tcp://HOST:PORT or a scheduler file.")
@@ -77,10 +87,11 @@ def compare_command(traces: tuple[str, ...], solvers: str, topologies: str | Non
     every topology and seed. A star marks the best of a column where its 95 % interval lies below all others'. Times are
     model outputs, not measurements; solving times are wall time of this machine.
     """
+    from moeplace.cli.validating import run_items, validation_items
     from moeplace.comparison import compare, comparison_to_dict, notes_of
     from moeplace.report import write_json
     from moeplace.results import Results
-    from moeplace.scoreboard import comparison_tables, suite_tables
+    from moeplace.scoreboard import comparison_tables, suite_tables, validation_tables
 
     check_paths([*traces, None], None)
     if STDIN in traces and (len(traces) > 1 or options["jobs"] > 1 or options["cluster"] or options["results"]):
@@ -88,18 +99,25 @@ def compare_command(traces: tuple[str, ...], solvers: str, topologies: str | Non
     setup = _setup(options)
     names = _methods(solvers, options["suite"]), _topologies(topologies, setup)
     results = Results(options["results"]) if options["results"] else None
-    items = list(_items(_sources(traces, options), names, options["seeds"], setup))
-    log = _Log(len(items), shown=not options["quiet"] and (options["verbose"] or sys.stderr.isatty()))
-    outcomes, interrupted = _run(items, options, results, log)
+    sources = _sources(traces, options)
+    items = list(_items(sources, names, options["seeds"], setup))
+    # refused before the first run where it cannot be
+    checks = validation_items(sources, names, options["seeds"], setup) if options["validate"] else []
+    shown = not options["quiet"] and (options["verbose"] or sys.stderr.isatty())
+    outcomes, interrupted = _run(items, options, results, _Log(len(items), shown=shown))
     warn(notes_of(outcomes), quiet=options["quiet"])
     _tell_failures(outcomes)
-    rows = compare(outcomes)
+    rows, found = compare(outcomes), None
+    if options["validate"] and not interrupted:
+        found, interrupted = run_items(checks, lambda runs: _engine(options, runs), results, shown=shown)
+        _tell_unvalidated(found)
     if results is not None:
-        _write(results, outcomes, setup)
+        _write(results, outcomes, setup, found)
     if options["as_json"]:
-        write_json(comparison_to_dict(outcomes, setup))
+        write_json(comparison_to_dict(outcomes, setup, found))
     else:
         (suite_tables if options["suite"] else comparison_tables)(rows)
+        validation_tables(found or ())
     if interrupted:
         kept = f", kept in {options['results']}: the same command goes on from there" if results else ""
         click.echo(f"{len(outcomes):,} of {len(items):,} runs are done{kept}", err=True)
@@ -265,13 +283,21 @@ def _tell_failures(outcomes: Sequence[Outcome]) -> None:
             click.echo(f"warning: {outcome.trial}: {outcome.failure}", err=True)
 
 
-def _write(results: Results, outcomes: Sequence[Outcome], setup: Setup) -> None:
+def _tell_unvalidated(found: Sequence[Validated]) -> None:
+    for one in found:
+        if one.failure is not None:
+            click.echo(
+                f"warning: {one.trial.solver} on {one.trial.topology}, {one.trial.trace}: {one.failure}", err=True
+            )
+
+
+def _write(results: Results, outcomes: Sequence[Outcome], setup: Setup, found: Sequence[Validated] | None) -> None:
     """Write JSON, CSV and Markdown beside the runs that are kept."""
     from moeplace.comparison import compare, comparison_to_csv, comparison_to_dict
     from moeplace.scoreboard import comparison_markdown
 
     rows = compare(outcomes)
-    document = json.dumps(comparison_to_dict(outcomes, setup), sort_keys=True, indent=1, ensure_ascii=False)
+    document = json.dumps(comparison_to_dict(outcomes, setup, found), sort_keys=True, indent=1, ensure_ascii=False)
     results.write(results.folder / "comparison.json", document + "\n")
     results.write(results.folder / "comparison.csv", comparison_to_csv(rows))
-    results.write(results.folder / "comparison.md", comparison_markdown(rows))
+    results.write(results.folder / "comparison.md", comparison_markdown(rows, found or ()))

@@ -63,6 +63,7 @@ def choices_of(options: dict[str, Any]) -> Choices:
         dataflow=options.get("dataflow") or "dispatch-combine",
         objective=options.get("objective") or "step-time",
         risk=options.get("risk") or "mean",
+        risk_batches=options.get("risk_batches"),
         copies_level=options.get("copies_level") or "gpu",
         whole_model=options.get("equal_experts") == "model",
         load_cap=options.get("load_cap"),

@@ -180,6 +180,25 @@ def goal(command: Command) -> Command:
     return command
 
 
+def risk(command: Command) -> Command:
+    """Add what of the steps is to be least."""
+    for decorate in (
+        option(
+            "--risk-batches",
+            type=Whole(4),
+            help="Steps to draw for --risk [default: 1000]; with mean, their mean.",
+        ),
+        option(
+            "--risk",
+            type=click.Choice(["mean", "p95", "p99", "cvar95"]),
+            default="mean",
+            help="What to minimise of step time or load: over steps drawn from the trace, unless it is the mean.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
 def moves(command: Command) -> Command:
     """Add limits on what moves from the baseline."""
     for decorate in (

@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +23,7 @@ from moeplace.cli.options import (
     hardware,
     moves,
     option,
+    risk,
     routing_choice,
     threads,
     trace_input,
@@ -61,17 +61,7 @@ Examples:
 @click.argument("others", nargs=-1, type=click.Path())
 @hardware
 @goal
-@option(
-    "--risk",
-    type=click.Choice(["mean", "p95", "p99", "cvar95"]),
-    default="mean",
-    help="What to minimise of step time or load: over steps drawn from the trace, unless it is the mean.",
-)
-@option(
-    "--risk-batches",
-    type=Whole(4),
-    help="Steps to draw for --risk [default: 1000]; with mean, their mean.",
-)
+@risk
 @option(
     "--copies-cap",
     metavar="X|eplb-6%",
@@ -179,7 +169,7 @@ def solve_command(trace: str, others: tuple[str, ...], output: str | None, fit: 
     log = SolveLog(shown=not quiet and (options["verbose"] or sys.stderr.isatty()))
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(atomic_output(target)) if target and not options["dry_run"] else None
-        choices = replace(choices_of(options), risk_batches=options["risk_batches"])
+        choices = choices_of(options)
         log.stage("reading", trace)
         source = open_source(trace, options, split=fit)
         check_law(
@@ -265,7 +255,7 @@ def _validate(trace: str, output: str | None, fit: str | None, options: dict[str
 
     if output is not None:
         raise click.UsageError("--validate writes no placement: leave out -o")
-    choices, limits = replace(choices_of(options), risk_batches=options["risk_batches"]), _limits(options)
+    choices, limits = choices_of(options), _limits(options)
     log = SolveLog(shown=not options["quiet"] and (options["verbose"] or sys.stderr.isatty()))
     with _stop_on_interrupt(limits.stop):
         found = validate(open_source(trace, options, split=fit), choices, options["solver"], limits, log)
@@ -278,7 +268,7 @@ def _validate(trace: str, output: str | None, fit: str | None, options: dict[str
 
 
 def _watch(trace: str, output: str | None, fit: str | None, options: dict[str, Any]) -> int:
-    choices = replace(choices_of(options), risk_batches=options["risk_batches"])
+    choices = choices_of(options)
     limits = _limits(options)
 
     def open_now() -> Any:

@@ -17,6 +17,7 @@ from moeplace.sampled.tables import StepTables
 COMPILE_FROM = 2_000_000  # swaps times steps
 REPLICA_KICKS = 0.25  # of all kicks, where slots are spare
 TAIL = 0.05
+PASSES = 4  # over all swaps, from one kick to the next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,12 @@ class Search:
     threads: int
     stop: Callable[[], bool]
     moving: Floats | None = None
+
+    @property
+    def swaps(self) -> int:
+        """Swaps a layer may come to, about: small layers end long before the budget."""
+        items = int(self.room.sum())
+        return min(self.budget, PASSES * (self.kicks + 1) * items * items // 2)
 
 
 class LayerItems:
@@ -92,7 +99,16 @@ class LayerItems:
 
 
 def improve_mean(tables: StepTables, placement: Placement, weights: Floats, search: Search) -> Placement:
+    """Return the placement of :func:`improve_mean_layers`."""
+    return improve_mean_layers(tables, placement, weights, search)[0]
+
+
+def improve_mean_layers(
+    tables: StepTables, placement: Placement, weights: Floats, search: Search
+) -> tuple[Placement, Floats]:
     """Lower the weighted sum over steps of the busiest GPU's time, in every layer by itself.
+
+    Slots are passed on from expert to expert where some are spare, unless copies have a cost of where they are.
 
     Parameters
     ----------
@@ -107,37 +123,45 @@ def improve_mean(tables: StepTables, placement: Placement, weights: Floats, sear
 
     Returns
     -------
-    Placement
-        Complexity: O(layers · budget · batches).
+    tuple
+        The placement, and each layer's sum, with the cost of where its copies are. Complexity: O(layers ·
+        budget · batches), but few of the batches are looked at for most swaps.
     """
     layers, batches = placement.num_layers, len(weights)
-    many = layers * search.budget * batches >= COMPILE_FROM
+    many = layers * search.swaps * batches >= COMPILE_FROM
     kernel = compiled_mean() if many else descend_and_kick
 
-    def improve(layer: int) -> Ints:
+    def improve(layer: int) -> tuple[Ints, float]:
         state = LayerItems(placement.slots[layer], search.room, tables, layer, search.load[layer])
-        if search.stop():
-            return state.slots(placement.max_slots)
+        moving = np.zeros((0, 0)) if search.moving is None else moving_costs(search, layer, state)
         word = np.array([(search.seed * 1_000_003 + layer + 1) * 0x9E3779B97F4A7C15 % 2**64 | 1], np.uint64)
         rng = np.random.default_rng([search.seed, layer])
-        spare = len(state.expert) > len(state.load)
+        spare = len(state.expert) > len(state.load) and search.moving is None
         rounds = max(1, round(REPLICA_KICKS * search.kicks)) if spare else 0
         # half of the work goes to places, the rest to who has copies
         budget = search.budget // (2 * rounds) if rounds else 0
-        first = search.budget - rounds * budget
-        best = _run(kernel, state, weights, search.cap[layer], search.kicks if not spare else 0, first, word)
+        first = 0 if search.stop() else search.budget - rounds * budget
+        best = _run(kernel, state, (weights, moving), search.cap[layer], search.kicks if not spare else 0, first, word)
         for _ in range(rounds):
             other = _recopied(state, rng)
             if other is None or search.stop():
                 continue
-            value = _run(kernel, other, weights, search.cap[layer], 0, budget, word)
+            value = _run(kernel, other, (weights, moving), search.cap[layer], 0, budget, word)
             if value < best:
                 state, best = other, value
-        return state.slots(placement.max_slots)
+        return state.slots(placement.max_slots), best
 
     with np.errstate(over="ignore"), ThreadPoolExecutor(search.threads) as pool:
-        slots = list(pool.map(improve, range(layers)))
-    return Placement(slots=np.stack(slots), num_experts=placement.num_experts)
+        slots, values = zip(*pool.map(improve, range(layers)), strict=True)
+    return Placement(slots=np.stack(slots), num_experts=placement.num_experts), np.array(values)
+
+
+def moving_costs(search: Search, layer: int, state: LayerItems) -> Floats:
+    """``[item, GPU]`` cost of every item of a layer there, nothing without costs of moving."""
+    if search.moving is None:
+        return np.zeros((len(state.expert), state.gpus))
+    costs = search.moving[layer][:, np.maximum(state.expert, 0)].T
+    return np.ascontiguousarray(np.where(state.expert[:, None] < 0, 0.0, costs))
 
 
 def finite_cap(cap: float) -> float:
@@ -148,15 +172,15 @@ def finite_cap(cap: float) -> float:
 def _run(
     kernel: Callable[..., float],
     state: LayerItems,
-    weights: Floats,
+    costs: tuple[Floats, Floats],
     cap: float,
     kicks: int,
     budget: int,
     word: np.ndarray,
 ) -> float:
     work, usage, load, busy = state.arrays()
-    top = finite_cap(cap)
-    value = kernel(work, state.where, state.codes(), usage, weights, load, busy, top, kicks, budget, word)
+    top, (weights, moving) = finite_cap(cap), costs
+    value = kernel(work, state.where, state.codes(), usage, weights, load, busy, top, moving, kicks, budget, word)
     return value if busy.max() <= top * (1 + 1e-9) else np.inf
 
 

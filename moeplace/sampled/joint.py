@@ -11,12 +11,14 @@ import numpy as np
 
 from moeplace.frozen import Floats
 from moeplace.placement import Placement
-from moeplace.sampled.improve import COMPILE_FROM, TAIL, LayerItems, Search, finite_cap
+from moeplace.sampled.improve import TAIL, LayerItems, Search, finite_cap, moving_costs
 from moeplace.sampled.joint_kernel import compiled_joint, descend_joint
-from moeplace.sampled.tables import StepTables
+from moeplace.sampled.tables import StepTables, layer_times
 from moeplace.sampled.tokens import LINKS, Wire
 
 KICKED = 3  # swaps of a kick
+COMPILE_FROM = 5_000_000  # about as many µs as loops that are not compiled take; compiling takes 16 s, once per machine
+ALONE, BITS = 3, 6  # µs of a swap in a step by its work, and for each word of tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,8 @@ class _Layer:
         self.costs, self.number, self.width = costs, layer, placement.max_slots
         work, usage, load, busy = self.items.arrays()
         self.work, self.usage = work, usage
-        moving = np.zeros((len(self.items.expert), self.items.gpus))
-        if search.moving is not None:
-            held = np.maximum(self.items.expert, 0)
-            moving = np.where(self.items.expert[:, None] < 0, 0.0, search.moving[layer][:, held].T)
-        self.bounds = (load, busy, np.array([finite_cap(search.cap[layer])]), np.ascontiguousarray(moving))
+        moving = moving_costs(search, layer, self.items)
+        self.bounds = (load, busy, np.array([finite_cap(search.cap[layer])]), moving)
         self.codes, self.times = self.items.codes(), np.zeros(costs.batches)
         self.wire = _wire_arrays(costs.wire, layer, self.items.expert, self.items.gpus)
 
@@ -105,6 +104,10 @@ def joint_values(costs: Costs, placement: Placement, search: Search) -> Floats:
     """``[batch]`` values of all steps as the search sees them: µs where exchanges are exact, else up to a constant."""
     total, nothing = np.zeros(costs.batches), np.array([0])
     for layer in range(placement.num_layers):
+        if costs.wire is None:
+            items = LayerItems(placement.slots[layer], search.room, costs.tables, layer, search.load[layer])
+            total += layer_times(items.arrays()[1])
+            continue
         one = _Layer(costs, placement, layer, search)
         one.descend(_kernel(costs, search), np.zeros(costs.batches), (0.0, 1), 0, nothing, _word(0, layer))
         total += one.times + costs.fixed_us
@@ -184,8 +187,11 @@ def improve_joint_tail(costs: Costs, placement: Placement, mix: float, search: S
 
 
 def _kernel(costs: Costs, search: Search) -> Callable[..., float]:
-    many = len(search.load) * max(1, search.budget) * costs.batches >= COMPILE_FROM
-    return compiled_joint() if many else descend_joint
+    wire = costs.wire
+    each = ALONE if wire is None else BITS * wire.words * (wire.homes if wire.distinct or wire.what == LINKS else 1)
+    # every layer is counted once whatever the budget
+    effort = len(search.load) * (search.swaps + int(search.room.sum())) * costs.batches * each
+    return compiled_joint() if effort >= COMPILE_FROM else descend_joint
 
 
 def _word(seed: int, layer: int) -> np.ndarray:

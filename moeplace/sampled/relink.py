@@ -1,8 +1,10 @@
 """From a placement now deployed towards a better one under a budget of moves: the swaps that gain most a moved copy.
 
-A price on every copy away from where it is now turns a budget into a term that swaps are judged by: at a price each
-layer is improved by itself, from what is deployed and from where a free search would go, and the least price that keeps
-the budget is found by bisection (Lagrange; Everett, Operations Research 11, 1963). What room is left goes to the layers
+Where loads alone count and layers are small, each layer's gain by the number of moved copies is searched from what is
+deployed, and the budget shared among layers by these curves (:mod:`moeplace.sampled.curves`). Elsewhere a price on
+every copy away from where it is now turns a budget into a term that swaps are judged by: at a price each layer is
+improved by itself, from what is deployed and from where a free search would go, and the least price that keeps the
+budget is found by bisection (Lagrange; Everett, Operations Research 11, 1963). What room is left goes to the layers
 that gain most for it.
 """
 
@@ -21,7 +23,8 @@ from moeplace.moving import MoveLimits, arriving_copies, copy_us, move_us
 from moeplace.objective import objective_value
 from moeplace.placement import Placement
 from moeplace.problem import COPIES, CROSS, LOAD, STEP_TIME, Problem
-from moeplace.sampled.improve import Search
+from moeplace.sampled.curves import gain_curves, share_moves
+from moeplace.sampled.improve import Search, improve_mean_layers
 from moeplace.sampled.joint import Costs, improve_joint, improve_joint_tail
 from moeplace.sampled.starts import best_layers
 from moeplace.sampled.tables import StepTables
@@ -30,9 +33,13 @@ from moeplace.solution import Clock, Limits
 from moeplace.tails import MEAN
 
 PRICES = 9  # tried
+WIDTH = 8  # placements kept for each number of moved copies
+SHARES = 4  # even shares of the budget that one layer may take
+BEAM_WORK = 4e9  # swaps times steps, of all layers
 KICKS = 30
 MIX = 0.2  # of the worst steps, where a tail is minimised
 WORK = 1e8  # swaps times steps, of all layers at one price
+ALONE = 2  # times as many where copies do not count
 MOST_TOKENS = 8192  # of the mean step whose copies count
 
 
@@ -137,6 +144,7 @@ class _Relink:
         self.problem, self.moves, self.base = problem, moves, problem.baseline
         self.held = self.base.copies()
         self.costs = step_costs(problem)
+        self.work = limits.work
         clock = Clock(limits)
         mean = problem.stats.load.sum(axis=1) / problem.num_gpus
         self.search = Search(
@@ -152,18 +160,21 @@ class _Relink:
 
     def run(self, target: Placement) -> list[Placement]:
         """Placements within the limits."""
-        unit = float(improve_joint(self.costs, self.base, replace(self.search, budget=0))[1].sum())
+        if (width := self._beam_width()) > 1:
+            found, price = self._by_curves(width)
+            return [found, *self._tail(found, price)]
+        unit = float(self._improve(self.base, replace(self.search, budget=0))[1].sum())
         per_copy = copy_us(self.problem.topology, self.problem.model.expert_weight_bytes) / self.problem.num_gpus
         least = per_copy / self.moves.horizon_steps if self.moves.horizon_steps else 0.0
         low, high = 1e-7 * unit, 1e-2 * unit
-        kept, values = self._at(least, target)
+        kept, values = self._at(least, (self.base, target))
         if self._allowed(kept):
             return [kept, *self._tail(kept, least)]
         over, over_values = kept, values
         kept, values, price = self.base, np.full(self.base.num_layers, np.inf), max(high, least)
         for _ in range(PRICES):
             middle = float(np.sqrt(low * high))
-            found, own = self._at(max(middle, least), target)
+            found, own = self._at(max(middle, least), (kept, over))
             if self._allowed(found):
                 kept, values, price, high = found, own, max(middle, least), middle
             else:
@@ -171,11 +182,44 @@ class _Relink:
         found = self._fill(kept, values, over, over_values, price)
         return [kept, found, *self._tail(found, price)]
 
-    def _at(self, price: float, target: Placement) -> tuple[Placement, Floats]:
+    @property
+    def _most(self) -> int:
+        """Moved copies of a layer that its curve goes to: a few times its even share of the budget."""
+        budget = self.moves.max_copies or 0
+        return min(budget, int(self.base.used_slots().sum(axis=1).max()), SHARES * (budget // self.base.num_layers + 1))
+
+    def _beam_width(self) -> int:
+        """Placements to keep for each number of moved copies; 0 where prices do better or are needed."""
+        alone = self.costs.wire is None and self.moves.max_copies_per_gpu is None and self.moves.horizon_steps is None
+        if not alone or not self.moves.max_copies:
+            return 0
+        pairs = int(self.problem.slots_per_gpu.sum()) ** 2 // 2
+        each = self.base.num_layers * self._most * pairs * self.costs.batches
+        return min(max(2, round(WIDTH * self.work)), int(BEAM_WORK * self.work / max(1, each)))
+
+    def _by_curves(self, width: int) -> tuple[Placement, float]:
+        """Share the budget among layers by what they gain; and what the last moves gain, each."""
+        assert self.moves.max_copies is not None
+        curves = gain_curves(self.costs.tables, self.base, self.search, most=self._most, width=width)
+        shares, price = share_moves(curves, self.moves.max_copies)
+        slots = [curve.slots[moved] for curve, moved in zip(curves, shares, strict=True)]
+        return Placement(
+            slots=np.stack([one for one in slots if one is not None]), num_experts=self.base.num_experts
+        ), price
+
+    def _at(self, price: float, starts: tuple[Placement, ...]) -> tuple[Placement, Floats]:
         """Improve at a price of each copy that is not where it was; and what every layer's priced value is."""
         search = replace(self.search, moving=price * (self.held == 0))
-        tried = [improve_joint(self.costs, start, search) for start in (self.base, target)]
-        return best_layers(tried), np.minimum(tried[0][1], tried[1][1])
+        tried = [self._improve(start, search) for start in starts]
+        return best_layers(tried), np.min([values for _, values in tried], axis=0)
+
+    def _improve(self, start: Placement, search: Search) -> tuple[Placement, Floats]:
+        """Lower the mean of every layer, and what it costs to move."""
+        if self.costs.wire is not None:
+            return improve_joint(self.costs, start, search)
+        weights = np.full(self.costs.batches, 1 / self.costs.batches)
+        share = replace(search, budget=search.budget * ALONE)
+        return improve_mean_layers(self.costs.tables, start, weights, share)
 
     def _fill(self, kept: Placement, values: Floats, over: Placement, over_values: Floats, price: float) -> Placement:
         """Take layers of a placement that moves too much, those with the most gain a moved copy first."""

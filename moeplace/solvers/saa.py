@@ -169,13 +169,19 @@ class _Run:
         if self.problem.num_slots > self.problem.num_experts:
             # copies are passed on from expert to expert by what GPUs do
             share = replace(search, budget=max(1, int(search.budget * SPARE_WORK / WORK)))
-            best = improve_mean(self.tables.part(self.fit), best, np.full(len(self.fit), 1 / len(self.fit)), share)
+            best = improve_mean(self.tables.part(self.fit), best, self._weights, share)
             return best if costs.wire is None else improve_joint(costs, best, replace(search, kicks=0))[0]
-        if costs.wire is None or not costs.wire.distinct:
+        if costs.wire is None:
+            return improve_mean(costs.tables, best, self._weights, search)
+        if not costs.wire.distinct:
             return improve_joint(costs, best, search)[0]
         share = replace(search, kicks=0, budget=max(1, search.budget // (len(tried) + 1)))
         rough = best_layers(improve_joint(costs, one, share) for one in tried.values())
         return improve_joint(costs, rough, replace(search, budget=share.budget))[0]
+
+    @property
+    def _weights(self) -> Floats:
+        return np.full(len(self.fit), 1 / len(self.fit))
 
     def _capped(self, tried: Mapping[str, Placement]) -> tuple[Costs, Placement]:
         """Lower the mean load at the least price of a copy that keeps the cap on copies per token."""
