@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import every_placement, make_problem, make_trace, slow_topology
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import every_placement, make_problem, make_trace, random_placement, slow_topology
 
 from moeplace.errors import InputError, ProblemError
 from moeplace.metrics import max_over_mean
 from moeplace.objective import objective_value
+from moeplace.placement import EMPTY, Placement
 from moeplace.problem import Problem
 from moeplace.solution import Limits, Report, Status, StopReason
 from moeplace.solvers import choose, solve
@@ -53,6 +56,25 @@ def test_uneven_and_spare_slots(slots: list[int]) -> None:
     best = min(objective_value(problem, one) for one in every_placement(problem) if (one.replicas() == 1).all())
     assert answer.objective == pytest.approx(best)
     assert any("uneven or spare" in note for note in answer.notes)
+
+
+@given(seed=st.integers(0, 500), slots=st.integers(3, 5), gpus=st.integers(2, 3))
+def test_copies_that_share_evenly_never_lower_crossing(seed: int, slots: int, gpus: int) -> None:
+    """Each expert has a copy that may take all its tokens at no more crossing: why search places experts once."""
+    problem = _problem(seed % 8, 3, 6, f"scale-up:{gpus}", slots_per_gpu=[slots] * gpus)
+    placement = random_placement(seed, [slots] * gpus, 3, 6)
+    allowed = objective_value(problem, placement)
+    for layer in range(3):
+        for expert in range(6):
+            held = placement.slots[layer] == expert
+            options = []
+            for gpu in np.flatnonzero(held.any(axis=1)):
+                kept = held & (np.arange(gpus)[:, None] == gpu)
+                one = placement.slots.copy()
+                one[layer][held & ~kept] = EMPTY
+                options.append(Placement(slots=one, num_experts=6))
+            placement = min(options, key=lambda option: objective_value(problem, option))
+            assert objective_value(problem, placement) <= allowed + 1e-12
 
 
 def test_one_seed_one_answer_in_any_number_of_threads() -> None:

@@ -5,7 +5,9 @@ pairs on different GPUs (or nodes), within a load cap for every layer; see :mod:
 bounds. Or it is the predicted time of a step: then pairs cost what their way costs on the topology, by level (GPU,
 node, leaf switch) or hop, experts weigh what they cost their GPU, and the cap on the busiest GPU is a choice: several
 are tried with little work, the best one with all of it. At last GPUs are renamed (:mod:`moeplace.ranks`).
-Experts are placed once: where slots are spare they stay empty, but experts may move into them.
+Experts are placed once: where slots are spare they stay empty, but experts may move into them. Where copies share
+tokens evenly the share of pairs that cross is linear in what each copy takes, so some copy of an expert can take it all
+at no more crossing: without a load cap, copies gain nothing here.
 """
 
 from __future__ import annotations
