@@ -142,13 +142,13 @@ def suite_tables(rows: Sequence[Row]) -> None:
 
 
 def validation_tables(found: Sequence[Validated]) -> None:
-    """Write one table per trace and topology, a line per solver and fit, and for each solver what it comes to."""
+    """Write one table per trace and topology, a line per solver and fit, and for each what it comes to."""
     out = console()
     for title, table in validation_rows(found):
         say(f"\n{title}", out, "bold")
         write_table(table, right=range(2, 6))
     for one in found:
-        if one.validation is not None:
+        if one.validation is not None and one.trial.solver != RIVAL:
             say(f"\n{one.trial.solver} on {one.trial.topology}, {one.trial.trace}: {one.validation.sentence()}", out)
 
 

@@ -291,6 +291,7 @@ class LayerSearch:
                 np.repeat(np.arange(len(self.layer.rooms)), self.layer.rooms)
             )
         annealer, thin = self._annealer(self.layer.patterns), worth_thinning(self.layer.patterns)
+        schedule = Schedule(turns=self.effort.turns, swaps=self._proposals)
         for run in range(runs):
             if self.stop():
                 return
@@ -298,7 +299,7 @@ class LayerSearch:
             if thin:
                 best, met = self._settled(annealer, start, seed)
             else:
-                best, met = annealer.run(start, self._schedule(self.effort.turns), seed, stop=self.stop)
+                best, met = annealer.run(start, schedule, seed, stop=self.stop)
             for state in [best, *met]:
                 if self.layer.keeps_cap(state):
                     self.offer(state)
@@ -307,14 +308,14 @@ class LayerSearch:
 
     def _settled(self, annealer: Annealer, start: Ints, seed: int) -> tuple[Ints, list[Ints]]:
         """Anneal on a sample of the tokens while it is hot, then on all of them."""
-        sample = self._annealer(thinned(self.layer.patterns, seed))
-        state, _ = sample.run(start, self._schedule(HOT_TURNS, HOT, WARM), seed, stop=self.stop)
-        return annealer.run(state, self._schedule(COOL_TURNS, COOL, COLD), seed, stop=self.stop)
+        hot = Schedule(turns=HOT_TURNS, swaps=self._proposals, hot=HOT, cold=WARM)
+        cool = Schedule(turns=COOL_TURNS, swaps=self._proposals, hot=COOL, cold=COLD)
+        state, _ = self._annealer(thinned(self.layer.patterns, seed)).run(start, hot, seed, stop=self.stop)
+        return annealer.run(state, cool, seed, stop=self.stop)
 
-    def _schedule(self, turns: int, *heat: float) -> Schedule:
-        proposals = self.effort.swaps * self.layer.patterns.num_experts
-        schedule = Schedule(turns=turns, swaps=proposals)
-        return replace(schedule, hot=heat[0], cold=heat[1]) if heat else schedule
+    @property
+    def _proposals(self) -> int:
+        return self.effort.swaps * self.layer.patterns.num_experts
 
     def _annealer(self, patterns: Patterns) -> Annealer:
         """Of the layer, or of a sample of its tokens: loads and cap shrink alike."""
