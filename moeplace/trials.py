@@ -297,12 +297,20 @@ def run_item(item: TrialItem) -> Outcome:
     return run_trial(sides, item.trial, item.setup)
 
 
-@lru_cache(maxsize=1)
 def opened(source: TraceFile | Spooled) -> TraceStream | Counts:
-    """Open a trace, once for trials that follow one another."""
+    """Open a trace, once for trials that follow one another in a thread: a stream has one reader at a time."""
+    return _opened(source, threading.get_ident())
+
+
+@lru_cache(maxsize=2)
+def _opened(source: TraceFile | Spooled, thread: int) -> TraceStream | Counts:
     return source.open() if isinstance(source, TraceFile) else source
 
 
-@lru_cache(maxsize=1)
 def _sides(source: TraceFile | Spooled, split: str, phase: str | None, threads: int) -> Sides:
+    return _sides_of(source, split, phase, threads, threading.get_ident())
+
+
+@lru_cache(maxsize=1)
+def _sides_of(source: TraceFile | Spooled, split: str, phase: str | None, threads: int, thread: int) -> Sides:
     return Sides.of(opened(source), split, phase=phase, threads=threads)
