@@ -14,8 +14,9 @@ from moeplace.batches import expert_rows
 from moeplace.chains.duals import matching_bound, spectral_bound
 from moeplace.compute import ExpertCompute
 from moeplace.frozen import Floats, Ints
+from moeplace.metrics import tokens_of_homes
 from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, Traffic, exchange, latency_us
-from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, LOAD, NODE, Problem
+from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, LOAD, NODE, REMOTE, Problem
 from moeplace.tails import CVAR, MEAN, risk_value
 from moeplace.topology import CUSTOM, num_links_per_gpu
 
@@ -128,7 +129,8 @@ def objective_bound(problem: Problem) -> float:
     * ``load``: mean over layers of :func:`load_floor`;
     * ``step-time``: :func:`step_time_bound`;
     * ``copies``: a token's ``k`` distinct experts need at least ``⌈k/S⌉`` GPUs of ``S`` slots;
-    * ``cross``: :func:`cross_bound`.
+    * ``cross``: :func:`cross_bound`;
+    * ``remote``: :func:`remote_bound`.
     """
     if problem.is_sampled:
         return sampled_bound(problem)
@@ -140,7 +142,30 @@ def objective_bound(problem: Problem) -> float:
         slots = problem.levelled[1]
         whole = problem.num_layers if problem.whole_model else 1
         return float(max(1, -(-problem.stats.meta.top_k // (slots * whole))))
+    if problem.objective == REMOTE:
+        return remote_bound(problem)
     return step_time_bound(problem)
+
+
+def remote_bound(problem: Problem) -> float:
+    """Lower bound on the copies of a token that are sent to other nodes than its own, whatever the routing.
+
+    A node of ``S`` slots covers a token whose ``k`` experts it holds all, so the tokens it covers have ``k`` times as
+    many selections as there are, at most those of its ``S`` hottest experts. A token that its own node does not cover
+    is sent to another one, and to ``⌈(k - S)/S'⌉`` of ``S'`` slots. Complexity: O(tokens · layers · k · nodes).
+    """
+    sample, nodes = problem.stats.sample, problem.topology.num_nodes
+    if sample is None or not sample.num_tokens or nodes < 2 or problem.whole_model:
+        return 0.0
+    rooms = problem.slots_per_gpu.reshape(nodes, -1).sum(axis=1)
+    top_k, total, cells = sample.meta.top_k, 0.0, 0
+    for node, rows in enumerate(tokens_of_homes(sample, problem.topology)):
+        beyond = -(-max(0, top_k - int(rooms[node])) // int(rooms.max()))
+        cells += len(rows) * problem.num_layers
+        for layer in range(problem.num_layers):
+            load = np.sort(np.bincount(sample.experts[rows, layer].ravel(), minlength=1))[::-1]
+            total += max(beyond * len(rows), len(rows) - int(load[: rooms[node]].sum()) / top_k)
+    return max(0.0, total / cells * (1 - 1e-9))
 
 
 def sampled_bound(problem: Problem) -> float:

@@ -17,7 +17,7 @@ from moeplace.errors import InputError, ProblemError, UnknownNameError, unknown_
 from moeplace.model import ModelSpec, generic_model, load_model
 from moeplace.placement import Placement
 from moeplace.presets import is_path
-from moeplace.problem import DISPATCH_COMBINE, STEP_TIME, Problem, slots_for
+from moeplace.problem import DISPATCH_COMBINE, REMOTE, STEP_TIME, Problem, slots_for
 from moeplace.routing import EVEN
 from moeplace.scoring import draw_steps, law_for
 from moeplace.tails import MEAN
@@ -141,6 +141,12 @@ def build_problem(
         model = model.replace(num_groups=choices.num_groups, groups_per_token=0)
     stats = count_routing(source, threads=threads) if stats is None else stats
     topology, _ = measured(topology_for(choices, stats), model, choices)
+    if choices.objective == REMOTE and topology.num_nodes < 2:
+        raise ProblemError(
+            f"objective remote on {topology.name}, which is one node",
+            rule="it counts copies sent to other nodes",
+            hint="--topology scale-out:NODESxGPUS, or --objective copies",
+        )
     slots = slots_for(
         stats.meta.num_experts, topology.num_gpus, redundant=choices.redundant, per_gpu=choices.slots_per_gpu
     )

@@ -24,17 +24,17 @@ from moeplace.compute import ExpertCompute
 from moeplace.errors import ProblemError, TopologyError
 from moeplace.execution import Execution
 from moeplace.frozen import Floats
-from moeplace.metrics import cross_shares, max_over_mean, token_metrics, traffic_metrics
+from moeplace.metrics import cross_shares, max_over_mean, remote_copies, token_metrics, traffic_metrics
 from moeplace.network import KERNEL_OF_PHASE, LOW_LATENCY, NORMAL, Exchange, Traffic, exchange
 from moeplace.placement import Placement
-from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, DISPATCH_COMBINE, GPU, LOAD, STEP_TIME, Problem
+from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, DISPATCH_COMBINE, GPU, LOAD, REMOTE, STEP_TIME, Problem
 from moeplace.routing import Router
 from moeplace.simulate import check_shapes, counts_max_over_mean, simulate, simulate_counts
 from moeplace.tails import risk_value
 from moeplace.trace import Counts
 from moeplace.traffic import dispatch_traffic, home_ranks
 
-UNITS = {STEP_TIME: "µs", LOAD: "max/mean", COPIES: "copies/token", CROSS: "share of pairs"}
+UNITS = {STEP_TIME: "µs", LOAD: "max/mean", COPIES: "copies/token", CROSS: "share of pairs", REMOTE: "copies/token"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,8 @@ class LayerTimes:
 def objective_value(problem: Problem, placement: Placement) -> float:
     """Value of the problem's objective, in :data:`UNITS`; never negative.
 
-    Complexity: O(layers · GPUs · experts), and O(sampled tokens · layers · k) for ``copies``.
+    Complexity: O(layers · GPUs · experts), and O(sampled tokens · layers · k) for ``copies``; ``remote`` as
+    :func:`moeplace.metrics.remote_copies`.
     """
     if problem.is_sampled:
         return risk_value(step_values(problem, placement), problem.risk)
@@ -76,6 +77,8 @@ def objective_value(problem: Problem, placement: Placement) -> float:
         return 0.0 if shares is None else shares[0 if problem.copies_level == GPU else 1]
     if problem.stats.sample is None:
         return float("nan")
+    if problem.objective == REMOTE:
+        return remote_copies(problem.stats.sample, placement, problem.topology, router_of(problem, placement))
     copies = token_metrics(problem.stats.sample, placement, problem.topology, router_of(problem, placement))
     return copies[0] if problem.copies_level == GPU else copies[1]
 
@@ -133,7 +136,7 @@ def terms(problem: Problem, placement: Placement) -> Mapping[str, Term]:
     result["load_max_over_mean_mean"] = Term(value=float(ratio.mean()), unit="max/mean")
     result["load_max_over_mean_worst"] = Term(value=float(ratio.max()), unit="max/mean")
     metrics = traffic_metrics(problem.stats, placement, problem.topology, router)
-    units = {"cross": "share of pairs", "copies": "copies/token", "next": "share of choices"}
+    units = {"cross": "share of pairs", "copies": "copies/token", "remote": "copies/token", "next": "share of choices"}
     for name in metrics.__slots__:
         value = getattr(metrics, name)
         if value is not None:

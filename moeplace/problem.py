@@ -22,8 +22,8 @@ from moeplace.trace import Counts
 
 DISPATCH_COMBINE, CONTEXT_COHERENT = "dispatch-combine", "context-coherent"
 DATAFLOWS = (DISPATCH_COMBINE, CONTEXT_COHERENT)
-STEP_TIME, LOAD, COPIES, CROSS = "step-time", "load", "copies", "cross"
-OBJECTIVES = (STEP_TIME, LOAD, COPIES, CROSS)
+STEP_TIME, LOAD, COPIES, CROSS, REMOTE = "step-time", "load", "copies", "cross", "remote"
+OBJECTIVES = (STEP_TIME, LOAD, COPIES, CROSS, REMOTE)
 GPU, NODE = "gpu", "node"
 COPIES_LEVELS = (GPU, NODE)
 DEFAULT_LAW = BatchLaw(phase="decode", requests=256)
@@ -44,7 +44,8 @@ class Problem:
     dataflow
         ``dispatch-combine`` (tokens return home after every layer) or ``context-coherent`` (they stay with experts).
     objective
-        ``step-time`` [µs], ``load`` [max/mean], ``copies`` [copies per token] or ``cross`` [share of pairs].
+        ``step-time`` [µs], ``load`` [max/mean], ``copies`` [copies per token], ``cross`` [share of pairs] or ``remote``
+        [copies per token that are sent to other nodes].
     copies_level
         ``gpu`` or ``node``: what ``copies`` and ``cross`` count.
     load_cap
@@ -142,7 +143,7 @@ class Problem:
         if self.risk != MEAN and (self.steps is None or self.objective not in (STEP_TIME, LOAD)):
             what = "without steps" if self.steps is None else f"of {self.objective}"
             raise ProblemError(f"risk {self.risk} {what}", rule="step time and load of sampled steps have a tail")
-        needs_tokens = self.objective in (COPIES, CROSS) or (
+        needs_tokens = self.objective in (COPIES, CROSS, REMOTE) or (
             self.objective == STEP_TIME and self.dataflow == CONTEXT_COHERENT
         )
         if needs_tokens and not self.stats.has_tokens:

@@ -42,6 +42,7 @@ TRAFFIC_WORDS = {
     "cross_node_share": "pairs across nodes",
     "copies_per_token_gpu": "GPUs per token",
     "copies_per_token_node": "nodes per token",
+    "remote_copies_per_token": "copies to other nodes",
     "next_layer_locality": "next-layer locality",
 }
 

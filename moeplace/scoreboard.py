@@ -113,10 +113,11 @@ SUITE_FACTS = {
     "cross-GPU": "cross_gpu_share",
     "GPU copies": "copies_per_token_gpu",
     "node copies": "copies_per_token_node",
+    "to other nodes": "remote_copies_per_token",
 }
 SUITE_LEGEND = (
-    "load of GPUs on held-out requests (std over mean), shares of consecutive pairs, copies per token, experts beyond "
-    "one copy, and copies that move"
+    "load of GPUs on held-out requests (std over mean), shares of consecutive pairs, copies per token and those sent "
+    "to other nodes than its own, experts beyond one copy, and copies that move"
 )
 
 

@@ -34,6 +34,7 @@ SUITES: Mapping[str, tuple[str, ...]] = {
         "prefill-dup",
         "balance",
         "setpart:objective=copies:load-cap=eplb:mode=fast",
+        "nearby:objective=remote:load-cap=1.1@topology-aware",
         "auto",
     ),
 }

@@ -206,7 +206,8 @@ def run_trial(sides: Sides, trial: Trial, setup: Setup, stop: threading.Event | 
     method = Method.of(trial.solver)
     limits = Limits(**{**setup.limits, "seed": trial.seed, "threads": setup.threads, "stop": stop or threading.Event()})
     limits = limits.replace(options=method.options)
-    choices = replaced(setup.choices, topology=trial.topology, **method.goals)
+    routed = {} if method.routing is None else {"routing": method.routing}
+    choices = replaced(setup.choices, topology=trial.topology, **method.goals, **routed)
     started = time.monotonic()
     try:
         problem = build_problem(sides.fit, choices, threads=setup.threads, stats=sides.fit_stats)
@@ -216,7 +217,7 @@ def run_trial(sides: Sides, trial: Trial, setup: Setup, stop: threading.Event | 
     except (ProblemError, PlacementError, SolverError, InfeasibleError, NothingFoundError) as error:
         return Outcome(trial=trial, failure=str(error).splitlines()[0], solve_s=time.monotonic() - started)
     solve_s = time.monotonic() - started
-    scoring = setup.scoring if method.routing is None else {**setup.scoring, "routing": method.routing}
+    scoring = {**setup.scoring, **routed}
     scores = score(
         sides.test,
         {trial.solver: solution.placement},
@@ -254,7 +255,9 @@ def _facts(
     problem: Problem, placement: Placement, scores: Sequence[Score], place: tuple[Sides, str, Choices]
 ) -> dict[str, float]:
     sides, routing, choices = place
-    router = Router.of(placement, problem.topology, routing, sides.fit_stats.load)
+    sample = sides.fit_stats.sample
+    tokens = None if sample is None else sample.experts
+    router = Router.of(placement, problem.topology, routing, sides.fit_stats.load, tokens)
     load = np.einsum("lge,le->lg", router.gpu_share(problem.num_gpus), sides.test_stats.load.astype(np.float64))
     base = problem.baseline or contiguous(problem.slots_per_gpu, problem.num_layers, problem.num_experts)
     extra = float(placement.copies().sum() - problem.num_layers * problem.num_experts)

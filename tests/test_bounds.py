@@ -51,7 +51,7 @@ def test_bound_is_below_the_optimum(slots: list[int], objective: str) -> None:
             problem = make_problem(trace, topology, slots_per_gpu=slots, objective=objective, phase=phase, requests=30)
             bound = objective_bound(problem)
             assert bound <= optimum(problem) * (1 + 1e-9)
-            assert bound > 0 or objective == "cross"  # one layer has no traffic to the next
+            assert bound > 0 or objective in ("cross", "remote")  # one layer has no next one, one node no other
 
 
 @pytest.mark.parametrize("slots", [[2, 2], [3, 1], [3, 2], [4, 0]], ids=str)

@@ -89,6 +89,7 @@ def test_by_hand(four_tokens: Trace) -> None:
     found = traffic_metrics(count_routing(four_tokens), placement, load_topology("scale-out:2x1"))
     # tokens visit GPUs {0}{1}, {0,1}{0,1}, {0}{1}, {0,1}{0,1}
     assert found.copies_per_token_gpu == found.copies_per_token_node == 12 / 8
+    assert found.remote_copies_per_token == (1 + 2 + 1 + 2) / 8  # a token at home on either GPU: half of its visits
     assert found.next_layer_locality == (0 + 2 + 0 + 2) / 8
     assert found.cross_gpu_share == found.cross_node_share == (4 + 2 + 4 + 2) / 16
     assert max_over_mean(placement, count_routing(four_tokens).load).tolist() == [6 / 4, 6 / 4]
@@ -115,7 +116,7 @@ def test_everything_together_crosses_nothing(seed: int) -> None:
     stats = count_routing(trace)
     placement = random_placement(seed, [6, 0], 2, 6)
     found: Any = traffic_metrics(stats, placement, load_topology("scale-out:2x1"))
-    assert [getattr(found, name) for name in found.__slots__] == pytest.approx([0, 0, 1, 1, 1])
+    assert [getattr(found, name) for name in found.__slots__] == pytest.approx([0, 0, 1, 1, 0.5, 1])
     assert max_over_mean(placement, stats.load).tolist() == [2.0, 2.0]
 
 
@@ -124,7 +125,7 @@ def test_what_a_trace_does_not_tell_is_none(four_tokens: Trace) -> None:
     placement, topology = random_placement(0, [2, 2], 2, 4), load_topology("scale-up:2")
     counts = count_routing(Counts(meta=four_tokens.meta, counts=count_routing(four_tokens).load[None]))
     nothing = traffic_metrics(counts, placement, topology)
-    assert [getattr(nothing, name) for name in nothing.__slots__] == [None] * 5
+    assert [getattr(nothing, name) for name in nothing.__slots__] == [None] * 6
     single = make_trace(0, layers=1, experts=4)
     found = traffic_metrics(count_routing(single), random_placement(0, [2, 2], 1, 4), topology)
     assert (found.cross_gpu_share, found.next_layer_locality) == (None, None)

@@ -67,6 +67,7 @@ def test_the_document_has_the_contracts_keys(small_trace: Trace) -> None:
             "cross_node_share",
             "copies_per_token_gpu",
             "copies_per_token_node",
+            "remote_copies_per_token",
             "next_layer_locality",
         }
         assert [row["layer"] for row in entry["per_layer"]] == [0, 1]

@@ -168,9 +168,9 @@ def goal(command: Command) -> Command:
         ),
         option(
             "--objective",
-            type=click.Choice(["step-time", "load", "copies", "cross"]),
+            type=click.Choice(["step-time", "load", "copies", "cross", "remote"]),
             default="step-time",
-            help="Predicted µs per step, or one of its parts in natural units.",
+            help="Predicted µs per step, or one of its parts in natural units; remote: copies sent to other nodes.",
         ),
         option("--slots-per-gpu", type=Whole(1), help="Slots of each GPU in every layer."),
         option("--num-groups", type=Whole(1), help="Expert groups of hierarchical EPLB; default: the model's."),

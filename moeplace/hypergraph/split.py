@@ -54,24 +54,41 @@ def split_nodes(
         experts = np.flatnonzero(node == number)
         if not len(experts):
             continue
-        own = load[experts][None].astype(np.float64)
-        packed = balance_global(own, room)
-        floor = np.array([float(own.max() if not np.isfinite(cap) else cap)])
-        packed = pack_layers(own, packed, room, floor=floor, kicks=KICKS, seed=seed)
-        state = packed.copies()[0].argmax(axis=0)
-        busy = np.bincount(state, own[0], len(room))
-        if np.isfinite(cap) and (busy <= cap * (1 + ROOM)).all() and not stop():
-            inner = _inside(together, experts)
-            schedule = Schedule(turns=TURNS, swaps=SWAPS * len(experts))
-            if len(inner.weight):
-                state = Annealer(inner, own[0], cap * (1 + ROOM), len(room)).run(state, schedule, seed)[0]
+        state = split_node(together[np.ix_(experts, experts)], load[experts], cap, room, seed=seed, stop=stop)
         gpu[experts] = state + number * rooms.shape[1]
     return gpu
 
 
-def _inside(together: Floats, experts: Ints) -> Patterns:
+def split_node(
+    together: Floats, load: Floats, cap: float, room: Ints, *, seed: int = 0, stop: Callable[[], bool] = lambda: False
+) -> Ints:
+    """``[expert]`` GPU of each expert of one node, ``together`` [expert, expert] tokens that chose both.
+
+    ``load`` [expert], ``room`` [GPU] and the rest are as in :func:`split_nodes`.
+    """
+    own = load[None].astype(np.float64)
+    floor = np.array([float(own.max() if not np.isfinite(cap) else cap)])
+    packed = pack_layers(own, balance_global(own, room), room, floor=floor, kicks=KICKS, seed=seed)
+    state: Ints = packed.copies()[0].argmax(axis=0)
+    return state if stop() else settle_node(together, load, cap, state, len(room), seed=seed)
+
+
+def settle_node(together: Floats, load: Floats, cap: float, state: Ints, num_gpus: int, *, seed: int = 0) -> Ints:
+    """``[expert]`` GPU of each expert of one node, swapped for fewer copies from ``state`` that keeps the cap.
+
+    It stays as it is where it does not, or where there is none. Parameters are those of :func:`split_node`.
+    """
+    busy = np.bincount(state, load, num_gpus)
+    inner = _inside(together)
+    if not np.isfinite(cap) or (busy > cap * (1 + ROOM)).any() or not len(inner.weight):
+        return state
+    schedule = Schedule(turns=TURNS, swaps=SWAPS * len(load))
+    return Annealer(inner, load, cap * (1 + ROOM), num_gpus).run(state, schedule, seed)[0]
+
+
+def _inside(together: Floats) -> Patterns:
     """Pairs of experts inside a node as patterns: what tokens save there by sharing GPUs, to first order."""
-    together = np.triu(together[np.ix_(experts, experts)])
-    rows = np.argwhere(together)
-    weight = together[tuple(rows.T)].astype(np.int64)
-    return Patterns(experts=rows, weight=weight, num_experts=len(experts))
+    above = np.triu(together)
+    rows = np.argwhere(above)
+    weight = above[tuple(rows.T)].astype(np.int64)
+    return Patterns(experts=rows, weight=weight, num_experts=len(together))

@@ -6,12 +6,13 @@ import math
 
 import numpy as np
 
+from moeplace.errors import ProblemError
 from moeplace.joint.run import MOST_WORK, Run, fits
 from moeplace.joint.symmetry import by_layer
 from moeplace.milp import Backend
 from moeplace.objective import UNITS, objective_value
 from moeplace.placement import EMPTY, Placement
-from moeplace.problem import STEP_TIME, Problem
+from moeplace.problem import REMOTE, STEP_TIME, Problem
 from moeplace.solution import Clock, Limits, Report, Solution, Status, StopReason
 
 GENEROUS = 5.0  # times its fair share of the time that a layer may take
@@ -34,8 +35,13 @@ def solve_jointly(problem: Problem, limits: Limits, report: Report, name: str, b
     Raises
     ------
     ProblemError
-        Times with normal kernels, or too many terms.
+        Times with normal kernels, copies sent to other nodes, or too many terms.
     """
+    if problem.objective == REMOTE:
+        hint = "--objective copies --copies-level node, or --solver nearby"
+        raise ProblemError(
+            "objective remote", rule="integer programmes place experts without regard to homes", hint=hint
+        )
     if problem.num_layers == 1 or not by_layer(problem):
         return Run(problem, limits, report, name).solve(backend)
     return _Layers(problem, limits, report, name).solve(backend)

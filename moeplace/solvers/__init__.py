@@ -11,7 +11,6 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Protocol
 
@@ -22,13 +21,11 @@ from moeplace.errors import InputError, SolverError, unknown_name
 from moeplace.feasible import check_cap, keeps_caps, over_cap, over_copies
 from moeplace.metrics import cross_shares, max_over_mean
 from moeplace.migration import check_moves
-from moeplace.network import KERNEL_OF_PHASE, NORMAL
 from moeplace.objective import UNITS, Term, load_ratio, objective_value, terms
 from moeplace.packing.eplb import balance_global, slots_without_copies
-from moeplace.partitions import MAX_DIVISIONS, num_divisions
 from moeplace.placement import Placement
-from moeplace.problem import CONTEXT_COHERENT, COPIES, CROSS, GPU, LOAD, STEP_TIME, Problem
-from moeplace.routing import FEWEST
+from moeplace.portfolio import Candidate, choose
+from moeplace.problem import COPIES, CROSS, LOAD, REMOTE, Problem
 from moeplace.sampled import aligned, relink
 from moeplace.solution import Limits, Report, Solution, Status, StopReason
 from moeplace.tails import MEAN
@@ -36,10 +33,6 @@ from moeplace.tails import MEAN
 AUTO = "auto"
 ENTRY_POINTS = "moeplace.solvers"
 TOLERANCE = 1e-9
-AUTO_BINARIES = 8192
-AUTO_WORK = 0.2
-SLACKS = (0.01, 0.03, 0.1)  # caps under which auto tries fewest copies for step time, above the balanced load
-MOST_PARTITIONED = 64  # experts of a layer that set partitioning takes in seconds
 
 
 class Solver(Protocol):
@@ -50,29 +43,6 @@ class Solver(Protocol):
 
     def solve(self, problem: Problem, limits: Limits, report: Report) -> Solution:
         """Answer the problem within the limits, telling the report how it goes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A method ``auto`` tries: its name, options the user did not set, and its share of the work budget.
-
-    With ``slack`` it minimises copies per token instead, under a cap on load so far above the best balance.
-    """
-
-    name: str
-    options: Mapping[str, str] = field(default_factory=dict)
-    work: float = 1.0
-    slack: float | None = None
-
-    def __str__(self) -> str:
-        settings = " ".join(f"{key}={value}" for key, value in self.options.items())
-        if self.slack is not None:
-            settings = f"fewest copies, load {self.slack:+.0%}"
-        return f"{self.name} ({settings})" if settings else self.name
-
-    def limits(self, limits: Limits) -> Limits:
-        """Return its limits: the user's options win."""
-        return limits.replace(work=limits.work * self.work, options={**self.options, **limits.options})
 
 
 def list_solvers() -> tuple[str, ...]:
@@ -99,65 +69,6 @@ def load_solver(name: str) -> Solver:
             return solver
     module: Solver = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     return module
-
-
-def choose(problem: Problem) -> tuple[tuple[Candidate, ...], str]:
-    """Methods that ``auto`` tries for a problem, each with its options, and why."""
-    if divisible(problem):
-        few = num_divisions(problem.num_experts, problem.num_gpus)
-        return (Candidate("linear"), Candidate("exact")), f"{few:,} ways to divide a layer: few enough for a proof"
-    if problem.objective == CROSS and not problem.whole_model:
-        return (Candidate("linear"), Candidate("search")), "traffic between GPUs: annealed, and bounded"
-    if problem.is_sampled and not problem.whole_model:
-        tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance"), Candidate("saa")]
-        why = "" if problem.copies_cap is None else ", with few copies per token"
-        return tuple(tried), f"{problem.risk} over steps drawn from the trace{why}"
-    if problem.objective == STEP_TIME and problem.dataflow == CONTEXT_COHERENT and not problem.whole_model:
-        tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance"), Candidate("search")]
-        return tuple(tried), "tokens move between experts: work of GPUs and traffic weighed against each other"
-    if problem.objective == COPIES and not problem.whole_model:
-        tried = [Candidate("linear"), Candidate("eplb"), Candidate("setpart")]
-        if problem.routing == FEWEST and problem.num_slots > problem.num_experts and problem.copies_level == GPU:
-            tried.append(Candidate("fanout"))
-            return tuple(tried), "fewest copies per token: each layer partitioned by itself, with and without replicas"
-        return tuple(tried), "fewest copies per token: each layer partitioned by itself"
-    binaries = problem.num_layers * problem.num_experts * problem.num_gpus
-    tried = [Candidate("linear"), Candidate("eplb"), Candidate("balance")]
-    if problem.model.num_groups > 1 and problem.topology.num_nodes > 1:
-        tried.append(Candidate("eplb", {"policy": "global"}))
-    if _knows_homes(problem):
-        tried.append(Candidate("transport"))
-    if _saves_copies(problem):
-        fast = [Candidate("setpart", {"mode": "fast"}, slack=slack) for slack in SLACKS]
-        return (*tried, *fast), "one copy per GPU: fewer GPUs per token weighed against even load"
-    if problem.num_slots > problem.num_experts:
-        # a copy costs its weights' reading in every step: with few tokens per expert it may not pay
-        return (*tried, Candidate("eplb", {"policy": "global", "copies": "none"})), "redundant slots, filled and not"
-    if binaries <= AUTO_BINARIES:
-        short = Candidate("moetuner", {"backend": "cpsat"}, AUTO_WORK)
-        return (*tried, short), f"{binaries:,} binaries: small enough for a short integer programme too"
-    return tuple(tried), f"{binaries:,} binaries: too many for integer programmes"
-
-
-def _saves_copies(problem: Problem) -> bool:
-    """Whether a token is sent once to every GPU that holds any of its experts, and layers are small enough to part."""
-    once = problem.objective == STEP_TIME and KERNEL_OF_PHASE[problem.law.phase] == NORMAL
-    small = problem.num_experts <= MOST_PARTITIONED and problem.divides_evenly and not problem.whole_model
-    return once and small and problem.stats.sample is not None and problem.num_gpus > 1
-
-
-def _knows_homes(problem: Problem) -> bool:
-    """Whether every selection is a row of its own from a recorded home, and only slots limit a GPU."""
-    sources, alone = problem.stats.source_load, KERNEL_OF_PHASE[problem.law.phase] != NORMAL
-    free = problem.objective == STEP_TIME and problem.load_cap is None and not problem.whole_model
-    return free and alone and sources is not None and 1 < len(sources) <= problem.num_gpus
-
-
-def divisible(problem: Problem) -> bool:
-    """Whether traffic between GPUs is the objective and layers can be divided in few enough ways to try all."""
-    few = 0 < num_divisions(problem.num_experts, problem.num_gpus) <= MAX_DIVISIONS
-    crossing = problem.objective == CROSS and problem.copies_level == GPU
-    return crossing and not problem.whole_model and problem.divides_evenly and few
 
 
 def solve(problem: Problem, solver: str = AUTO, limits: Limits | None = None, report: Report | None = None) -> Solution:
@@ -240,7 +151,7 @@ def _solve_auto(problem: Problem, limits: Limits, report: Report, floor: float) 
 
 
 def _try(problem: Problem, candidate: Candidate, limits: Limits, report: Report, floor: float) -> Solution:
-    """Run one candidate; one that minimises copies is then valued by the problem's own objective."""
+    """Run one candidate; one with a goal of its own is then valued by the problem's own objective."""
     own = candidate.limits(limits)
     if candidate.slack is None:
         return _run(problem, candidate.name, own, report, floor)
@@ -251,7 +162,7 @@ def _try(problem: Problem, candidate: Candidate, limits: Limits, report: Report,
         least = max_over_mean(balanced.placement, problem.stats.load) * (1 + TOLERANCE)
         loose = least * (1 + candidate.slack)
         cap = loose if cap is None else np.minimum(np.maximum(loose, least), cap)
-    parted = plain.replace(objective=COPIES, load_cap=cap, start=balanced.placement)
+    parted = plain.replace(objective=candidate.goal, load_cap=cap, start=balanced.placement)
     answer = _run(parted, candidate.name, own, report, objective_bound(parted))
     if answer.placement is None:
         return answer
@@ -380,7 +291,12 @@ def finish(problem: Problem, answer: Solution, floor: float) -> Solution:
     bound = min(value, floor if answer.bound is None else max(floor, answer.bound))
     proven = value - bound <= TOLERANCE * max(1.0, value)
     notes, sample = answer.notes, problem.stats.sample
-    if proven and problem.objective == COPIES and sample is not None and sample.num_tokens < problem.stats.num_tokens:
+    if (
+        proven
+        and problem.objective in (COPIES, REMOTE)
+        and sample is not None
+        and sample.num_tokens < problem.stats.num_tokens
+    ):
         notes = (*notes, f"proved for a sample of {sample.num_tokens} of {problem.stats.num_tokens} tokens")
     parts = dict(terms(problem, answer.placement))
     load, least = parts["load_max_over_mean_mean"], float(load_floor(problem).mean())
