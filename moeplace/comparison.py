@@ -186,6 +186,8 @@ def comparison_to_csv(rows: Sequence[Row]) -> str:
     head = ["trace", "topology", "phase", "solver", "seeds"]
     head += [f"{name}{part}_us" for name in MEASURES for part in ("", "_low", "_high")]
     head += ["change_of_mean", "change_low", "change_high", "max_over_mean", "excess", "worst_gap", "solve_s", "best"]
+    facts = list(dict.fromkeys(name for row in rows for name in row.facts))
+    head += facts
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(head)
     for row in rows:
@@ -193,7 +195,8 @@ def comparison_to_csv(rows: Sequence[Row]) -> str:
         times = [_rounded(part) for name in MEASURES for part in _parts(row.step_us[name])]
         change = ["", "", ""] if row.change is None else [_rounded(part) for part in _parts(row.change)]
         loads = [_rounded(row.max_over_mean.value), _rounded(row.excess.value), _rounded(row.worst_gap)]
-        writer.writerow([*where, *times, *change, *loads, round(row.solve_s, 3), " ".join(row.best)])
+        told = ["" if name not in row.facts else _rounded(row.facts[name]) for name in facts]
+        writer.writerow([*where, *times, *change, *loads, round(row.solve_s, 3), " ".join(row.best), *told])
     return out.getvalue()
 
 

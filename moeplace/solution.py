@@ -177,15 +177,22 @@ class Limits:
 
 
 def found(
-    problem: Problem, placement: Placement, limits: Limits, report: Report, *, solver: str, notes: tuple[str, ...] = ()
+    problem: Problem,
+    placement: Placement,
+    limits: Limits,
+    report: Report,
+    *,
+    solver: str,
+    notes: tuple[str, ...] = (),
+    clock: Clock | None = None,
 ) -> Solution:
-    """Return the answer of a method that stops when its work is done and proves nothing."""
+    """Return the answer of a method that proves nothing; it was cut short where its ``clock`` is over."""
     return Solution(
         placement=placement,
         objective=objective_value(problem, placement),
         unit=UNITS[problem.objective],
         status=Status.FEASIBLE,
-        stop_reason=StopReason.EXHAUSTED,
+        stop_reason=clock.stop_reason() if clock is not None and clock.over else StopReason.EXHAUSTED,
         solver=solver,
         seed=limits.seed,
         history=tuple(report.history),

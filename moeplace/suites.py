@@ -22,7 +22,7 @@ SUITES: Mapping[str, tuple[str, ...]] = {
         "eplb:policy=hierarchical",
         "tensorrt-llm",
         "flashlb",
-        "swift",
+        "linear+swift",
         "craft",
         "moetuner",
         "occult",
@@ -36,6 +36,7 @@ SUITES: Mapping[str, tuple[str, ...]] = {
         "setpart:objective=copies:load-cap=eplb:mode=fast",
         "nearby:objective=remote:load-cap=1.1@topology-aware",
         "auto",
+        "auto@topology-aware",
     ),
 }
 

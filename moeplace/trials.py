@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +23,7 @@ from moeplace.readers import open_trace
 from moeplace.routing import EVEN, Router
 from moeplace.scoring import Score, score
 from moeplace.solution import Limits, Solution
-from moeplace.solvers import solve
+from moeplace.solvers import AUTO, load_solver, solve
 from moeplace.solvers.linear import contiguous
 from moeplace.split import parse_split, select
 from moeplace.spool import Spooled
@@ -296,8 +296,24 @@ def run_item(item: TrialItem) -> Outcome:
     """Run a trial; trials on the same part of the same trace that follow one another read and count it once."""
     phase = item.setup.choices.phase
     of_tokens = phase if phase != "mixed" else None
-    sides = _sides(item.source, item.setup.split_of(item.trial), of_tokens, item.setup.threads)
-    return run_trial(sides, item.trial, item.setup)
+    split, threads = item.setup.split_of(item.trial), item.setup.threads
+    sides = _sides(item.source, split, of_tokens, threads)
+    own = fitted_on(Method.of(item.trial.solver).solver)
+    if own is None or own == phase or isinstance(opened(item.source), Counts):
+        return run_trial(sides, item.trial, item.setup)
+    fit = select(opened(item.source), split=parse_split(split), part="fit", phase=own)
+    return run_trial(replace(sides, fit_stats=count_routing(fit, threads=threads)), item.trial, item.setup)
+
+
+def fitted_on(solver: str) -> str | None:
+    """Phase by whose tokens a method places, whatever it is judged on; None: by those of the comparison."""
+    if solver == AUTO:
+        return None
+    try:
+        named: str | None = getattr(load_solver(solver.split("+")[0]), "FITTED_ON", None)
+    except (InputError, ImportError):  # told where it is run
+        return None
+    return named
 
 
 def opened(source: TraceFile | Spooled) -> TraceStream | Counts:

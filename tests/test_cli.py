@@ -490,6 +490,41 @@ def test_lists_are_complete_and_unwrapped(shell: Shell, kind: str) -> None:
     assert not re.search(r" $", text, re.M)
 
 
+def test_every_solver_lists_its_own_options(shell: Shell) -> None:
+    """Options of the same name stand with each solver that has one, in words of its own."""
+    lines = shell("list solvers").out.splitlines()
+    for entry in shell("list solvers --json").json["entries"]:
+        place = next(number for number, line in enumerate(lines) if line.split()[0] == entry["name"])
+        told = lines[place + 1 : place + 1 + len(entry["options"])]
+        found = {tuple(line.split(maxsplit=2)) for line in told}
+        assert found == {("--option", f"{key}=…", text) for key, text in entry["options"].items()}
+
+
+def test_grace_ratio_is_graces(shell: Shell) -> None:
+    """``--grace-ratio`` fixes the ratio of that solver, and is a usage error with others."""
+    told = shell("solve t.npz --num-gpus 4 --slots-per-gpu 12 --solver grace --grace-ratio 0.25 -v -o p.json").err
+    assert "ratio 0.25, given" in told
+    assert "grace" in shell("solve t.npz --num-gpus 4 --grace-ratio 0.25 -o p.json", code=2).err
+
+
+def test_remote_needs_other_nodes(shell: Shell) -> None:
+    """On one node nothing is remote: an error with a topology to take; on two it is an objective like others."""
+    message = shell.fails("solve t.npz --num-gpus 4 --objective remote -o p.json", "one node")
+    assert "scale-out" in message
+    line = "solve t.npz -t scale-out:2x2 --num-redundant-experts 4 --objective remote --routing nearest --work 0.1"
+    document = shell(f"{line} --json -o p.json").json
+    assert document["objective"]["name"] == "remote"
+    assert 0 <= document["bound"] <= document["objective"]["value"] < 1
+
+
+def test_sglang_files_name_the_flag_that_chooses_copies(shell: Shell) -> None:
+    """A choice that SGLang has is named where its file cannot carry it."""
+    line = "solve t.npz -t scale-out:2x2 --num-redundant-experts 4 --solver eplb --format sglang -o p.json --routing"
+    assert "--ep-dispatch-algorithm static" in shell(f"{line} nearest --option policy=global").err
+    assert "--ep-dispatch-algorithm lp" in shell(f"{line} lp --option policy=global").err
+    assert "chooses among copies alone" in shell(f"{line} weighted --option policy=global").err
+
+
 def test_list_survives_a_solver_that_does_not_load(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another package's broken solver is listed as such, and the others beside it."""
     from moeplace import solvers

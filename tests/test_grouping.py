@@ -87,6 +87,8 @@ def test_the_knee_is_where_the_curve_bends() -> None:
     """A curve that rises fast and then flattens has its knee at the bend; a flat one at its first point."""
     assert knee(np.array([0.0, 1.0, 2.0, 3.0]), np.array([0.1, 0.5, 0.52, 0.54])) == 1
     assert knee(np.array([0.0, 0.0]), np.array([0.3, 0.3])) == 0
+    assert knee(np.array([0.0, 1.0, 2.0]), np.array([0.1, 0.15, 0.5])) is None  # it bends the other way
+    assert knee(np.array([2.0, 0.0, 1.0]), np.array([0.5, 0.1, 0.45])) == 2
 
 
 def test_the_rule_of_copies() -> None:

@@ -11,7 +11,8 @@ from moeplace.build import Choices
 from moeplace.errors import InputError, UnknownNameError
 from moeplace.solvers import list_solvers
 from moeplace.suites import SUITES, Method, suite
-from moeplace.trials import Outcome, Setup, Sides, Trial, run_trial
+from moeplace.trials import Outcome, Setup, Sides, TraceFile, Trial, TrialItem, fitted_on, run_item, run_trial
+from moeplace.writers import write_trace
 
 SETUP = Setup(choices=Choices(phase="decode", redundant=2), scoring={"phase": "decode", "batches": 10, "requests": 4})
 
@@ -79,3 +80,43 @@ def test_the_suite_is_one_table(shell: Shell) -> None:
     facts = {row["solver"]: row["facts"] for row in shell(f"{call} --json").json["rows"]}
     assert facts["linear"]["moves"] == 0
     assert "no-such" in shell("compare t.npz --suite no-such --num-gpus 2", code=1).err
+
+
+def test_named_methods_are_added_to_a_suite(shell: Shell) -> None:
+    """With ``--suite`` and ``-s`` both are run, each method once; swift starts from the contiguous placement."""
+    call = "compare t.npz --suite published -s random,occult --num-gpus 2 --seeds 1 --batches 5 --work 0.01"
+    told = [row["solver"] for row in shell(f"{call} --phase decode --json").json["rows"]]
+    assert "random" in told
+    assert told.count("occult") == 1
+    assert "linear+swift" in told
+
+
+def test_prefill_methods_are_fitted_on_prefill(shell: Shell) -> None:
+    """Judged on decode they still place by prefill: the placement is that of a run on prefill, not an oracle's."""
+    trace = make_trace(7, tokens=400, requests=20, prompt=8)
+    other = np.where(trace.phase[:, None, None] == 0, trace.experts, (trace.experts + 3) % 6)
+    trace = trace.replace(experts=np.sort(other, axis=2))
+    trial = Trial(trace="t", topology="scale-up:2", solver="prefill-remap", seed=3)
+    setup = Setup(choices=Choices(phase="decode"), scoring=SETUP.scoring, split="half")
+    assert fitted_on("prefill-remap") == fitted_on("prefill-dup") == "prefill"
+    assert fitted_on("auto") is fitted_on("eplb") is fitted_on("no-such-solver") is None
+    path = shell.folder / "phases.npz"
+    write_trace(trace, path)
+    told = run_item(TrialItem(trial=trial, source=TraceFile(path=str(path)), setup=setup))
+    assert told.failure is None
+    alone = run_trial(Sides.of(trace, "half:3", phase="decode"), trial, setup)
+    assert told.facts["load_std"] != alone.facts["load_std"]
+
+
+def test_a_method_is_solved_under_the_routing_it_is_judged_by() -> None:
+    """``nearby`` needs tokens that prefer their own node: with ``@nearest`` it has an answer, without it a reason."""
+    setup = Setup(choices=SETUP.choices, scoring=SETUP.scoring)
+
+    def told(method: str) -> Outcome:
+        sides = Sides.of(make_trace(0, tokens=200, requests=20), "half:3", phase="decode")
+        return run_trial(sides, Trial(trace="t", topology="scale-out:2x1", solver=method, seed=3), setup)
+
+    near = told("nearby:objective=remote@nearest")
+    assert near.failure is None
+    assert near.facts["remote_copies_per_token"] < 1
+    assert "own node" in str(told("nearby:objective=remote").failure)

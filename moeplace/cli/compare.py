@@ -35,6 +35,7 @@ Examples:
   moeplace compare trace.npz --suite published -t scale-out:2x4 --num-redundant-experts 16 --seeds 1
 """
 STDIN = "-"
+USUAL = ("linear", "eplb", "auto")
 EXIT_NOTHING_FOUND = 4
 
 
@@ -43,10 +44,11 @@ EXIT_NOTHING_FOUND = 4
 @option(
     "--solvers",
     "-s",
-    default="linear,eplb,auto",
-    help="Comma-separated SOLVER[:OPTION=VALUE…][@ROUTING] (moeplace list solvers).",
+    help="Comma-separated SOLVER[:OPTION=VALUE…][@ROUTING] (moeplace list solvers); default: linear,eplb,auto.",
 )
-@option("--suite", metavar="NAME", help="published: all published methods that fit, and ours, in one table.")
+@option(
+    "--suite", metavar="NAME", help="published: all published methods that fit, and ours, in one table; -s adds more."
+)
 @option("--topologies", "-t", metavar="NAMES", help="Comma-separated presets, TOML files or KIND:DIMS.")
 @option("--seeds", type=Whole(1), default=3, help="Seeds 0 to N-1, each with its own split, run and steps.")
 @option("--by", metavar="SPLIT", default="half", help="half: another half per seed; or domain:NAME,…, time:FRACTION.")
@@ -80,7 +82,7 @@ EXIT_NOTHING_FOUND = 4
 @constants
 @threads
 @common
-def compare_command(traces: tuple[str, ...], solvers: str, topologies: str | None, **options: Any) -> int:
+def compare_command(traces: tuple[str, ...], solvers: str | None, topologies: str | None, **options: Any) -> int:
     """Compare solvers on held-out requests.
 
     Each solver is fitted on one part of a TRACE and judged on the rest by the step time of the same drawn steps, for
@@ -145,18 +147,19 @@ def _setup(options: dict[str, Any]) -> Setup:
     )
 
 
-def _methods(text: str, suite_name: str | None) -> tuple[str, ...]:
-    """Return the methods of a suite, or those that are named: these must exist."""
+def _methods(text: str | None, suite_name: str | None) -> tuple[str, ...]:
+    """Return the methods of a suite and those that are named: these must exist."""
     from moeplace.solvers import AUTO, load_solver
     from moeplace.suites import Method, suite
 
-    if suite_name is not None:
-        return suite(suite_name)
-    chains = [Method.of(name).solver for name in _names(text, "--solvers")]
-    for name in (part for chain in chains for part in chain.split("+")):
+    together = () if suite_name is None else suite(suite_name)
+    if text is None:
+        return together or USUAL
+    named = _names(text, "--solvers")
+    for name in (part for method in named for part in Method.of(method).solver.split("+")):
         if name != AUTO:
             load_solver(name)
-    return _names(text, "--solvers")
+    return tuple(dict.fromkeys((*together, *named)))
 
 
 def _topologies(text: str | None, setup: Setup) -> tuple[str, ...]:

@@ -80,6 +80,11 @@ Examples:
 @option(
     "--option", "solver_options", type=KeyValue(), multiple=True, help="Option of the solver (moeplace list solvers)."
 )
+@option(
+    "--grace-ratio",
+    metavar="R|knee",
+    help="How uneven GRACE's groups of GPUs may be, 0 to 1 (the paper: 0.15); default: the knee.",
+)
 @option("--time-limit", type=Duration(), default="5m", help="Safety stop by the wall clock: 90, 90s, 5m.")
 @option("--deterministic", is_flag=True, help="No stop by the wall clock: the work budget alone ends the run.")
 @option(
@@ -295,6 +300,10 @@ def _limits(options: dict[str, Any]) -> Limits:
     if options["deterministic"] and source("time_limit") is source("deterministic") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--deterministic leaves the clock out: give it or --time-limit, not both")
     chosen = dict(options["solver_options"])
+    if options["grace_ratio"] is not None:
+        if "grace" not in options["solver"].split("+"):
+            raise click.UsageError("--grace-ratio is for --solver grace")
+        chosen["ratio"] = options["grace_ratio"]
     if options["backend"]:
         chosen["backend"] = options["backend"]
     return Limits(

@@ -23,11 +23,17 @@ from moeplace.files import atomic_output, open_input
 from moeplace.model import ModelSpec, load_model
 from moeplace.presets import is_path
 from moeplace.problem import Problem
-from moeplace.routing import EVEN
+from moeplace.routing import EVEN, LP, NEAREST, TOPOLOGY_AWARE
 from moeplace.solution import Limits, Solution
 
 DEFAULT = "native"
 STDOUT = "-"
+STATIC = "--ep-dispatch-algorithm static (a copy on its GPU, else on its node, else always the same one)"
+FLAGS = {  # a stack's own choice of copies that comes nearest to a placement's
+    ("sglang", NEAREST): STATIC,
+    ("sglang", TOPOLOGY_AWARE): STATIC,
+    ("sglang", LP): "--ep-dispatch-algorithm lp",
+}
 
 
 class Exporter(Protocol):
@@ -148,6 +154,8 @@ def routing_note(format: str, routing: str) -> tuple[str, ...]:
     """Say where a placement's replica choice is lost in a file; native files carry it, an even one needs no word."""
     if routing == EVEN or format == DEFAULT:
         return ()
+    if (flag := FLAGS.get((format, routing))) is not None:
+        return (f"{format} files do not carry the replica choice {routing}: start the server with {flag}",)
     return (f"{format} files do not carry the replica choice {routing}: whoever reads them chooses among copies alone",)
 
 

@@ -109,7 +109,7 @@ class _Run:
             self.report.progress(len(self.stages), problem.num_gpus - 1, "bisecting")
             parts += self._halves(part)
         placement = self._placement(gpu)
-        answer = found(problem, placement, self.limits, self.report, solver="exflow")
+        answer = found(problem, placement, self.limits, self.report, solver="exflow", clock=self.clock)
         return answer.replace(stages=tuple(self.stages))
 
     def _halves(self, part: _Part) -> list[_Part]:
@@ -209,7 +209,7 @@ class _Run:
         )
         size = f"{problem.num_layers * problem.num_experts} experts in all layers"
         notes = (f"{size}: annealed, not bisected by integer programmes (--option method=programme)",)
-        return found(problem, placement, self.limits, self.report, solver="exflow", notes=notes)
+        return found(problem, placement, self.limits, self.report, solver="exflow", notes=notes, clock=self.clock)
 
     def _placement(self, gpu: Ints) -> Placement:
         gpus = range(self.problem.num_gpus)

@@ -43,7 +43,7 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
             z=z,
             stop=lambda: clock.over,
         )
-    return found(problem, placement, limits, report, solver="flashlb", notes=tuple(notes))
+    return found(problem, placement, limits, report, solver="flashlb", notes=tuple(notes), clock=clock)
 
 
 def _deviations(limits: Limits) -> float:

@@ -13,7 +13,8 @@ What the paper leaves open or prints ambiguously, and what is done here:
   met. With ``--equal-experts model`` slots are counted over all layers, which leaves layers free to be uneven.
 * *The ratio.* ``r`` is one for the model, at the knee of affinity utilisation ``U(r)`` against size deviation ``S(r)``
   (equations 1, 2), both within nodes, means over nodes and layers; the paper finds 0.15 on OLMoE. The knee is the
-  point farthest above the line between the ends of the curve. ``δ = max(1, round(E·r))`` as printed, but for
+  point farthest above the line between the ends of the curve; a curve that nowhere rises above it has none, and the
+  paper's 0.15 is taken. ``δ = max(1, round(E·r))`` as printed, but for
   ``ratio=0``: sizes as even as can be.
 * *Algorithm 2* assigns ``L_d`` only where a group is too large: here a group within its limit stays as it is. Experts
   given up are seated in the order of their affinity to all others, in groups that have room.
@@ -60,6 +61,7 @@ OPTIONS: Mapping[str, str] = {
     "replicas": "dynamic (default: the paper's rule, as far as slots are free) or none",
 }
 KNEE = "knee"
+PUBLISHED = 0.15  # ratio that the paper finds on OLMoE
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 
@@ -83,7 +85,7 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
     run = _Run(problem, limits, report)
     groups = run.grouped(_ratio(limits))
     placement, notes = run.copied(groups) if replicas == REPLICAS[0] else (run.placement(groups, {}), ())
-    return found(problem, placement, limits, report, solver="grace", notes=(*run.notes, *notes))
+    return found(problem, placement, limits, report, solver="grace", notes=(*run.notes, *notes), clock=run.clock)
 
 
 def _ratio(limits: Limits) -> float | None:
@@ -133,9 +135,11 @@ class _Run:
             if self.clock.over:
                 break
         curve = np.array([(entry.deviation, entry.utilisation) for entry in found_at])
-        chosen = knee(curve[:, 0], curve[:, 1])
+        bend = knee(curve[:, 0], curve[:, 1])
+        chosen = min(range(len(found_at)), key=lambda place: abs(tried[place] - PUBLISHED)) if bend is None else bend
         groups = found_at[chosen]
-        why = "given" if ratio is not None else "at the knee"
+        why = "at the knee" if bend is not None else "the paper's, for the curve has no knee"
+        why = "given" if ratio is not None else why
         self.notes.append(
             f"ratio {tried[chosen]:g}, {why}: {groups.utilisation:.1%} of a node's affinity stays on a GPU, "
             f"group sizes deviate by {groups.deviation:.2f} experts"

@@ -5,9 +5,9 @@ slots allow, without copies). A token is then sent once to each GPU it needs. No
 goes to which GPU is the order in which they are found.
 
 What could be read of the paper names the goal, not the procedure. Here groups grow one after another, each from the
-free expert of most affinity by always taking the one of most affinity to its members; ``exchange=pairs`` then exchanges
-experts while that keeps more affinity, which is the stronger method. The paper's pruning, which changes what a model
-computes, is left out.
+free expert of most affinity by always taking the one of most affinity to its members, and then exchange experts while
+that keeps more affinity: a baseline should not be weaker than its idea. ``exchange=none`` leaves groups as they have
+grown. The paper's pruning, which changes what a model computes, is left out.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from moeplace.problem import Problem
 from moeplace.solution import Clock, Limits, Report, Solution, found
 
 DESCRIPTION = "Occult's uniform groups of experts that tokens choose together, without copies"
-EXCHANGES = ("none", "pairs")
+EXCHANGES = ("pairs", "none")
 OPTIONS: Mapping[str, str] = {
-    "exchange": "none (default: groups as they have grown) or pairs (exchange experts while that keeps more affinity)"
+    "exchange": "pairs (default: exchange experts while that keeps more affinity) or none (groups as they have grown)"
 }
 
 
@@ -59,4 +59,4 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
         kept.append(affinity_utilisation(affinity, gpu))
     note = f"{np.mean(kept):.1%} of the affinity stays on a GPU"
     placement = Placement.from_lists(lists, problem.num_experts)
-    return found(problem, placement, limits, report, solver="occult", notes=(note,))
+    return found(problem, placement, limits, report, solver="occult", notes=(note,), clock=clock)

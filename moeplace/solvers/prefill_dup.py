@@ -28,6 +28,7 @@ from moeplace.solution import Clock, Limits, Report, Solution, found
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
 DESCRIPTION = "Patterns behind Chaos, Dup: spare slots get the copies that relieve the busiest GPU, by prefill's loads"
+FITTED_ON = "prefill"  # whatever phase it is judged on
 OPTIONS: Mapping[str, str] = {}
 
 
@@ -58,7 +59,7 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
                 own[gpu].append(expert)
         lists.append(own)
     placement = Placement.from_lists(lists, problem.num_experts)
-    return found(problem, placement, limits, report, solver="prefill-dup", notes=notes)
+    return found(problem, placement, limits, report, solver="prefill-dup", notes=notes, clock=clock)
 
 
 def duplicated(

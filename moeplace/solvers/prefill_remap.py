@@ -18,6 +18,7 @@ from moeplace.problem import Problem
 from moeplace.solution import Limits, Report, Solution, found
 
 DESCRIPTION = "Patterns behind Chaos, Remap: experts dealt by roofline cost of prefill's loads, heaviest first"
+FITTED_ON = "prefill"  # whatever phase it is judged on
 OPTIONS: Mapping[str, str] = {}
 
 
