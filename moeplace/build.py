@@ -142,11 +142,8 @@ def build_problem(
     stats = count_routing(source, threads=threads) if stats is None else stats
     topology, _ = measured(topology_for(choices, stats), model, choices)
     if choices.objective == REMOTE and topology.num_nodes < 2:
-        raise ProblemError(
-            f"objective remote on {topology.name}, which is one node",
-            rule="it counts copies sent to other nodes",
-            hint="--topology scale-out:NODESxGPUS, or --objective copies",
-        )
+        rule, hint = "it counts copies sent to other nodes", "--topology scale-out:NODESxGPUS, or --objective copies"
+        raise ProblemError(f"objective remote on {topology.name}, which is one node", rule=rule, hint=hint)
     slots = slots_for(
         stats.meta.num_experts, topology.num_gpus, redundant=choices.redundant, per_gpu=choices.slots_per_gpu
     )
@@ -290,6 +287,8 @@ def assumptions(problem: Problem, choices: Choices) -> tuple[str, ...]:
         said.append(
             f"load is counted over prefill and decode tokens, the step is a {problem.law.phase} one; see --phase"
         )
+    if choices.routing is None and problem.num_slots > problem.num_experts and problem.topology.num_nodes > 1:
+        said.append("copies share an expert's tokens evenly: see --routing for stacks that prefer a near one")
     if problem.stats.has_tokens:
         said += law_sentences(problem.law, requests=choices.batch_requests, tokens=choices.batch_tokens)
     return tuple(said)

@@ -109,7 +109,7 @@ def comparison_rows(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
 
 SUITE_FACTS = {
     "load std": "load_std",
-    "cross-node": "cross_node_share",
+    "pairs cross-node": "cross_node_share",
     "cross-GPU": "cross_gpu_share",
     "GPU copies": "copies_per_token_gpu",
     "node copies": "copies_per_token_node",

@@ -1,19 +1,26 @@
 """Methods to compare, as one text each, and suites of them: the published ones beside ours.
 
 A method is ``SOLVER[:OPTION=VALUE…][@ROUTING]``, such as ``eplb:policy=global`` or ``grace@topology-aware``. Options
-are those of its solver; ``objective``, ``load-cap`` and ``copies-level`` are those of the problem instead, for solvers
-that answer only some. The routing is how copies are chosen when it is judged; without one it is that of the comparison.
+are those of its solver; ``objective``, ``load-cap``, ``copies-level`` and ``risk-batches`` (steps drawn to solve on)
+are those of the problem instead, for solvers that answer only some. The routing is how copies are chosen when it is
+solved and judged; without one it is that of the comparison.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from moeplace.errors import InputError, unknown_name
 from moeplace.routing import POLICIES
 
-GOALS = {"objective": "objective", "load-cap": "load_cap", "copies-level": "copies_level"}
+GOALS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    "objective": ("objective", str),
+    "load-cap": ("load_cap", str),
+    "copies-level": ("copies_level", str),
+    "risk-batches": ("risk_batches", int),
+}
 SUITES: Mapping[str, tuple[str, ...]] = {
     # what this installation lacks, or what cannot take a problem, is listed with the reason
     "published": (
@@ -21,7 +28,7 @@ SUITES: Mapping[str, tuple[str, ...]] = {
         "eplb:policy=global",
         "eplb:policy=hierarchical",
         "tensorrt-llm",
-        "flashlb",
+        "flashlb:risk-batches=64",
         "linear+swift",
         "craft",
         "moetuner",
@@ -47,7 +54,7 @@ class Method:
 
     solver: str
     options: Mapping[str, str] = field(default_factory=dict)
-    goals: Mapping[str, str] = field(default_factory=dict)
+    goals: Mapping[str, Any] = field(default_factory=dict)
     routing: str | None = None
 
     @classmethod
@@ -70,9 +77,21 @@ class Method:
         return cls(
             solver=solver,
             options={key: value for key, value in given.items() if key not in GOALS},
-            goals={GOALS[key]: value for key, value in given.items() if key in GOALS},
+            goals=_goals({key: value for key, value in given.items() if key in GOALS}),
             routing=routing or None,
         )
+
+
+def _goals(given: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of the problem, each of its type."""
+    goals: dict[str, Any] = {}
+    for key, text in given.items():
+        name, kind = GOALS[key]
+        try:
+            goals[name] = kind(text)
+        except ValueError as error:
+            raise InputError(f"{key} {text!r}", rule="a whole number") from error
+    return goals
 
 
 def suite(name: str) -> tuple[str, ...]:

@@ -147,6 +147,16 @@ def test_the_threshold_by_hand() -> None:
     assert share_by_threshold(curves[:, :1], sizes[:1]).tolist() == [0, 0, 0]
 
 
+def test_crafts_rule_tries_the_sizes_of_its_code() -> None:
+    """With ``rule=craft`` every layer takes one of the numbers of extra slots that CRAFT's released code tries."""
+    problem = make_problem(
+        make_trace(4, tokens=300, layers=6, experts=16), "scale-up:4", objective="load", redundant=20
+    )
+    answer = solve(problem, "craft", Limits(options={"rule": "craft"}))
+    assert answer.placement is not None
+    assert set(answer.placement.used_slots().sum(axis=1) - 16) <= {0, 4, 8, 16}
+
+
 @given(st.lists(st.lists(st.integers(0, 5), min_size=4, max_size=4), min_size=1, max_size=6))
 def test_layers_are_spread(used: list[list[int]]) -> None:
     """Orders are permutations; no GPU holds more in all layers than another by more than the widest layer's spread."""

@@ -311,6 +311,11 @@ def _change(
 def _cost(experts: Any, mask: Any, nodes: int, p: Any) -> float:
     """Nodes other than its own that a token of a pattern is sent to, mean over homes."""
     fixed, union = 0, 0
+    if nodes == 2:  # it stays where its node holds all of its experts
+        both = 3
+        for j in range(experts.shape[1]):
+            both &= mask[experts[p, j]]
+        return 1.0 - 0.5 * ((both & 1) + (both >> 1))
     for j in range(experts.shape[1]):
         m = mask[experts[p, j]]
         if m & (m - 1) == 0:

@@ -4,10 +4,11 @@ A curve tells the cost of a layer by its number of extra slots; it never rises, 
 sum of costs within a total is found exactly by dynamic programming over layers. Dealt over floors instead of costs that
 packings reach, the same programme gives a certified bound for every placement within the total.
 
-CRAFT (arXiv 2603.28768) deals by a threshold instead: with benefit ``b(R) = (cost(0) - cost(R))/R`` a layer takes the
-largest ``R`` whose benefit is at least the mean of all layers' benefits; else the largest of at most half the largest
-``R`` with at least half the mean; else its best. How ties and the mean are taken is not told in full: here the mean is
-over all layers and all ``R > 0``.
+CRAFT (arXiv 2603.28768) deals by a threshold instead: with the benefit ``(balancedness(R) - balancedness(0))/R``, ``R``
+one of :data:`CRAFT_SIZES`, a layer takes the largest ``R`` whose benefit is at least the mean of all layers' benefits;
+else the largest of at most 16 with at least half the mean; else its best. How ties and the mean are taken is not told
+in full: here the mean is over all layers and all ``R > 0``. Its padding of the total to a multiple of the GPUs is left
+out: slots may stay empty here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from moeplace.frozen import Floats, Ints
+
+CRAFT_SIZES = (0, 4, 8, 16, 32)  # extra slots of a layer that its released code tries
+MODEST = 16
 
 
 def share_exactly(curves: Floats, sizes: Ints, total: int) -> Ints:
@@ -59,7 +63,10 @@ def share_exactly(curves: Floats, sizes: Ints, total: int) -> Ints:
 
 
 def share_by_threshold(curves: Floats, sizes: Ints) -> Ints:
-    """``[layer]`` choices by CRAFT's rule, which has no total: see the module. Complexity: O(layers · choices)."""
+    """``[layer]`` choices by CRAFT's rule, which has no total: see the module. ``curves`` are 1 less balancedness.
+
+    Complexity: O(layers · choices).
+    """
     if len(sizes) < 2:
         return np.zeros(len(curves), np.int64)
     benefit = (curves[:, :1] - curves[:, 1:]) / sizes[1:]
@@ -67,7 +74,7 @@ def share_by_threshold(curves: Floats, sizes: Ints) -> Ints:
     chosen = np.zeros(len(curves), np.int64)
     for layer, gains in enumerate(benefit):
         enough = np.flatnonzero(gains >= mean)
-        modest = np.flatnonzero((gains >= mean / 2) & (2 * sizes[1:] <= sizes[-1]))
+        modest = np.flatnonzero((gains >= mean / 2) & (sizes[1:] <= MODEST))
         pick = enough[-1] if enough.size else modest[-1] if modest.size else int(gains.argmax())
         chosen[layer] = pick + 1 if gains[pick] > 0 else 0
     return chosen

@@ -27,7 +27,7 @@ from moeplace.placement import Placement
 from moeplace.portfolio import Candidate, choose
 from moeplace.problem import COPIES, CROSS, LOAD, REMOTE, Problem
 from moeplace.sampled import aligned, relink
-from moeplace.solution import Limits, Report, Solution, Status, StopReason
+from moeplace.solution import Clock, Limits, Report, Solution, Status, StopReason
 from moeplace.tails import MEAN
 
 AUTO = "auto"
@@ -139,10 +139,13 @@ def _solve_auto(problem: Problem, limits: Limits, report: Report, floor: float) 
     _check_options(AUTO, [candidate.name for candidate in candidates], limits)
     report.stage(AUTO, f"{', '.join(map(str, candidates))} ({why})")
     tried: list[tuple[Candidate, Solution]] = []
-    for candidate in candidates:
+    clock = Clock(limits)
+    for place, candidate in enumerate(candidates):
         if not tried or not limits.stop.is_set():
             report.stage(str(candidate), load_solver(candidate.name).DESCRIPTION)
-            tried.append((candidate, _try(problem, candidate, limits, report, floor)))
+            # what quick methods leave of their share goes to those after them
+            own = limits.replace(time_limit_s=clock.left_s / (len(candidates) - place))
+            tried.append((candidate, _try(problem, candidate, own, report, floor)))
     found = [entry for entry in tried if entry[1].placement is not None]
     within = [entry for entry in found if keeps_caps(problem, entry[1].placement)]
     chosen, best = min(within or found or tried[:1], key=lambda entry: entry[1].objective)

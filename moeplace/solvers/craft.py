@@ -3,7 +3,8 @@
 Every layer is packed with growing numbers of extra slots (:func:`moeplace.packing.pack_layers`), which gives its curve
 of max/mean load; a total is then shared exactly by dynamic programming. Dealt over the floors of the layers (the mean,
 and the hottest copy), the same programme bounds what any placement within the total can have: it stands in the
-``budget`` stage. ``rule=craft`` deals by CRAFT's threshold instead (it has no total of its own).
+``budget`` stage. ``rule=craft`` deals by CRAFT's threshold instead (it has no total of its own), on the same packings,
+which are better than the EPLB's that CRAFT replays; the balancedness of a layer is taken as mean/max of its load.
 
 Layers then fill unequal numbers of the problem's slots and the others stay empty. GPUs are renamed layer by layer so
 that each uses about as many in all: that is the memory which is saved. A stack that allocates as many slots in every
@@ -14,7 +15,7 @@ Source: CRAFT, arXiv 2603.28768, MLSys 2026.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ from moeplace.errors import InputError, ProblemError
 from moeplace.frozen import Floats, Ints
 from moeplace.objective import UNITS
 from moeplace.packing import pack_layers
-from moeplace.packing.budget import share_by_threshold, share_exactly, spread_layers
+from moeplace.packing.budget import CRAFT_SIZES, share_by_threshold, share_exactly, spread_layers
 from moeplace.packing.eplb import balance_global, slots_without_copies
 from moeplace.placement import EMPTY, Placement
 from moeplace.problem import LOAD, Problem
@@ -68,10 +69,10 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
         raise InputError(f"rule {rule!r}", rule=f"one of {', '.join(RULES)}")
     spare = problem.num_slots - problem.num_experts
     total, clock = _total(limits, spare * problem.num_layers), Clock(limits)
-    curves = _curves(problem, limits, clock, report)
+    curves = _curves(problem, limits, clock, report, CRAFT_SIZES if rule == "craft" else None)
     chosen = share_exactly(curves.cost, curves.sizes, total)
     if rule == "craft":
-        chosen = share_by_threshold(curves.cost, curves.sizes)
+        chosen = share_by_threshold(1 - 1 / curves.cost, curves.sizes)
     # of choices that cost the same the one with the fewest slots, whose packing has this cost
     taken = np.take_along_axis(curves.cost, chosen[:, None], axis=1)
     chosen = (curves.cost <= taken).argmax(axis=1)
@@ -111,11 +112,14 @@ def _total(limits: Limits, spare: int) -> int:
     return min(total, spare)
 
 
-def _curves(problem: Problem, limits: Limits, clock: Clock, report: Report) -> Curves:
-    """Pack every layer with every number of extra slots, until a layer meets its floor."""
+def _curves(
+    problem: Problem, limits: Limits, clock: Clock, report: Report, tried: Sequence[int] | None = None
+) -> Curves:
+    """Pack every layer with every number of extra slots (or those ``tried``), until a layer meets its floor."""
     load = problem.stats.load.astype(np.float64)
     spare, mean = problem.num_slots - problem.num_experts, load.sum(axis=1) / problem.num_gpus
-    sizes, floor = _sizes(spare), _floors(problem, spare)
+    sizes = _sizes(spare) if tried is None else np.array([size for size in tried if size <= spare])
+    floor = _floors(problem, spare)
     cost = np.full((len(load), len(sizes)), np.inf)
     packings: list[Placement] = []
     kicks = limits.whole("kicks", max(1, round(KICKS * limits.work)))

@@ -41,7 +41,7 @@ USES_START = True
 ROUTINGS = (TOPOLOGY_AWARE, NEAREST)
 OPTIONS: Mapping[str, str] = {"runs": "hot runs of each layer, the best of which is cooled (default: 3, times --work)"}
 RUNS = 3
-HOT = Schedule(turns=48, swaps=40, hot=0.6, cold=0.03, first_price=0.1)  # swaps for each slot
+HOT = Schedule(turns=48, swaps=20, hot=0.6, cold=0.03, first_price=0.1)  # swaps for each slot
 COLD = Schedule(turns=12, swaps=40, hot=0.03, cold=0.005, first_price=3.0)
 KICKS = 100
 MET = 1e-9

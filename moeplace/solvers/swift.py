@@ -45,7 +45,7 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
         raise ProblemError(
             "slots are counted over the whole model" if problem.whole_model else "no placement is deployed",
             rule="swift changes a given placement by a few moves, layer by layer",
-            hint="--baseline FILE, or --solver NAME+swift",
+            hint="--equal-experts layer" if problem.whole_model else "--baseline FILE, or --solver NAME+swift",
         )
     before.check_fits(problem.slots_per_gpu)
     load = problem.stats.load.astype(np.float64)
