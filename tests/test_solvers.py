@@ -203,6 +203,20 @@ def test_a_start_is_welcome(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list_solvers())
+def test_no_answer_is_worse_than_its_start(name: str) -> None:
+    """A method that uses its start never gives it up for a worse placement, be it its own best or a random one."""
+    _needed(name)
+    if not getattr(load_solver(name), "USES_START", False):
+        return  # it is not asked to
+    problem = _suited(name, "nodes")
+    best = _answer(name, problem).placement
+    for start in (best, random_placement(1, problem.slots_per_gpu, 2, 8)):
+        assert start is not None
+        again = _answer(name, problem.replace(start=start), LIMITS.replace(seed=5, work=0.05))
+        assert again.objective <= objective_value(problem, start) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", list_solvers())
 def test_an_interrupt_still_answers(name: str) -> None:
     """With the stop flag set from the start a solver returns soon with a valid answer or says that it has none."""
     limits = Limits(time_limit_s=20.0)

@@ -51,7 +51,7 @@ def balance_risk(
     z
         Deviations above the mean that count as risk.
     stop
-        Asked before every layer; the layers left are packed without extra copies.
+        Asked before every extra copy; what is left is packed without more.
 
     Returns
     -------
@@ -67,8 +67,15 @@ def balance_risk(
     kernel = _compiled() if enough else _choose
     for layer in range(layers):
         count = np.ones(experts, np.int64)
-        extra = 0 if stop() else spare
-        kernel(mean[layer], np.ascontiguousarray(covariance(layer)), z, room, extra, count, slots[layer])
+        spread = np.ascontiguousarray(covariance(layer))
+        kernel(mean[layer], spread, z, room, 0, count, slots[layer])
+        for _ in range(spare):  # one by one, so that a stop comes through
+            if stop():
+                break
+            before = int(count.sum())
+            kernel(mean[layer], spread, z, room, 1, count, slots[layer])
+            if int(count.sum()) == before:
+                break
     return Placement(slots=slots, num_experts=experts)
 
 

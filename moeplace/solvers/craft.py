@@ -129,7 +129,7 @@ def _curves(
         # a layer that met its floor, and all of them when time is up, keep what EPLB's rules give
         met = cost.min(axis=1) <= floor[:, -1] * (1 + MET)
         target = np.where(met, np.inf, floor[:, size] * mean)
-        packed = start if clock.over else _packed(load, start, problem, (target, kicks, limits.seed))
+        packed = start if clock.over else _packed(load, start, problem, (target, kicks, limits.seed), clock)
         cost[:, choice] = _imbalance(problem, packed)
         packings.append(packed)
     return Curves(sizes, np.minimum.accumulate(cost, axis=1), tuple(packings))
@@ -174,13 +174,15 @@ def _with_extra(problem: Problem, load: Floats, size: int) -> Placement:
     return balance_global(load, rooms)
 
 
-def _packed(load: Floats, start: Placement, problem: Problem, run: tuple[Floats, int, int]) -> Placement:
+def _packed(load: Floats, start: Placement, problem: Problem, run: tuple[Floats, int, int], clock: Clock) -> Placement:
     """Exchange and kick copies within the problem's slots; empty slots may be anywhere."""
     target, kicks, seed = run
     slots = np.full((len(load), problem.num_gpus, problem.max_slots), EMPTY, np.int64)
     slots[:, :, : start.max_slots] = start.slots
     wide = Placement(slots=slots, num_experts=problem.num_experts)
-    return pack_layers(load, wide, problem.slots_per_gpu, floor=target, kicks=kicks, seed=seed, fill=False)
+    return pack_layers(
+        load, wide, problem.slots_per_gpu, floor=target, kicks=kicks, seed=seed, fill=False, stop=lambda: clock.over
+    )
 
 
 def _imbalance(problem: Problem, placement: Placement) -> Floats:

@@ -84,6 +84,8 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
         )
     run = _Run(problem, limits, report)
     groups = run.grouped(_ratio(limits))
+    if problem.stats.meta.top_k == 1:
+        run.notes.append("tokens choose one expert each, so no two are chosen together: groups are as good as any")
     placement, notes = run.copied(groups) if replicas == REPLICAS[0] else (run.placement(groups, {}), ())
     return found(problem, placement, limits, report, solver="grace", notes=(*run.notes, *notes), clock=run.clock)
 

@@ -58,5 +58,7 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
         lists.append([np.flatnonzero(gpu == number).tolist() for number in range(problem.num_gpus)])
         kept.append(affinity_utilisation(affinity, gpu))
     note = f"{np.mean(kept):.1%} of the affinity stays on a GPU"
+    if problem.stats.meta.top_k == 1:
+        note = "tokens choose one expert each, so no two are chosen together: groups are as good as any"
     placement = Placement.from_lists(lists, problem.num_experts)
     return found(problem, placement, limits, report, solver="occult", notes=(note,), clock=clock)
