@@ -23,7 +23,9 @@ import json, sys, time
 import numpy as np
 from benchmarks import instances
 from moeplace.build import build_problem
+from moeplace.joint.layers import one_layer
 from moeplace.network import LOW_LATENCY, NORMAL, exchange
+from moeplace.objective import objective_value
 from moeplace.affinity import count_routing
 from moeplace.readers import open_trace
 from moeplace.routing import Router
@@ -80,13 +82,22 @@ occult, grace = solve(tight, "occult").placement, solve(problem, "grace").placem
 groups = solve(problem, "grace", Limits(options={"replicas": "none"})).placement
 told = {"occult": judge(occult, once_per_node=False), "occult+HSC": judge(occult), "HG+HSC": judge(groups),
         "DR+WRR": judge(grace, "weighted"), "DR+TAR": judge(grace, "topology-aware")}
-# ours has GRACE's copies and no more: so many spare slots, the same on every GPU and in every layer
-near = dict(objective="remote", routing="topology-aware", load_cap="1.1")
-spare = told["DR+TAR"]["extra"] // tight.num_layers
-joint = build_problem(fit, redundant=spare, **law, **near)
+# ours has no more memory: as many copies in all as GRACE, and slots as its fullest GPU has on average; layers that gain
+# most from one more copy have it
+near = dict(objective="remote", routing="topology-aware", load_cap="1.12")
+spare, more = divmod(told["DR+TAR"]["extra"], tight.num_layers)
+fullest = int(grace.copies().sum(axis=(0, 2)).max()) // tight.num_layers
+joint = build_problem(fit, slots_per_gpu=max(fullest, -(-(experts + spare + 1) // 4)), **law, **near)
 began = time.perf_counter()
-ours = solve(joint, "nearby", Limits(threads=2))
-told["ours"] = judge(ours.placement, "topology-aware") if ours.placement is not None else None
+few, many = (solve(joint, "nearby", Limits(threads=2, options={"extra": str(spare + one)})).placement for one in (0, 1))
+told["ours"] = None
+if few is not None and many is not None:
+    def value(placement, layer):
+        return objective_value(one_layer(joint, layer), placement.replace(slots=placement.slots[layer:layer + 1]))
+    gain = [value(few, layer) - value(many, layer) for layer in range(joint.num_layers)]
+    chosen = np.argsort(np.argsort(gain, kind="stable")[::-1]) < more
+    slots = np.where(chosen[:, None, None], many.slots, few.slots)
+    told["ours"] = judge(few.replace(slots=slots), "topology-aware")
 told["ours_s"] = time.perf_counter() - began
 print(json.dumps(told))
 """

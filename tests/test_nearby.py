@@ -16,6 +16,7 @@ from moeplace.bounds import objective_bound
 from moeplace.errors import ProblemError
 from moeplace.hypergraph import Patterns
 from moeplace.hypergraph.anneal import Schedule
+from moeplace.hypergraph.cover import most_covered
 from moeplace.hypergraph.nearby import NodeAnnealer
 from moeplace.metrics import max_over_mean, remote_copies
 from moeplace.objective import load_ratio, objective_value
@@ -122,6 +123,31 @@ def test_small_layers_are_solved_to_the_optimum(seed: int, cap: float | None) ->
     assert answer.objective == pytest.approx(best)
 
 
+@given(seed=st.integers(0, 999), top_k=st.integers(2, 4))
+def test_no_nodes_cover_more_than_the_bound(seed: int, top_k: int) -> None:
+    """Of all ways to fill nodes, with copies or without, none covers more tokens; without spare slots it is near."""
+    experts = 6
+    patterns = Patterns.of(make_trace(seed, tokens=60, layers=1, experts=experts, top_k=top_k).experts[:, 0], experts)
+    for rooms in ((3, 3), (4, 3), (5, 4), (2, 2, 2), (4, 3, 3)):
+        ways = itertools.product(*[itertools.combinations(range(experts), room) for room in rooms])
+        most = 0
+        for held in ways:
+            if len(set().union(*held)) == experts:
+                inside = [np.isin(patterns.experts, some).all(axis=1) for some in held]
+                most = max(most, int(sum(patterns.weight[row].sum() for row in inside)))
+        assert most_covered(patterns, np.array(rooms)) >= most - 1e-6
+
+
+def test_the_bound_is_worth_its_name() -> None:
+    """On tokens of two circles that share no expert, halves cover all, and the bound proves what others send."""
+    chosen = np.array([[0, 1], [1, 2], [2, 3], [0, 3], [4, 5], [5, 6], [6, 7], [4, 7]] * 10)[:, None, :]
+    trace = make_trace(0, tokens=80, layers=1, experts=8).replace(experts=chosen)
+    problem = make_problem(trace, "scale-out:2x1", **(NEAR | {"routing": "even"}))
+    answer = solve(problem, "nearby")
+    assert answer.objective == pytest.approx(0.5)
+    assert answer.bound == pytest.approx(0.5, abs=0.02)
+
+
 def test_copies_go_where_tokens_are() -> None:
     """An expert that all tokens choose is copied to both nodes before any other."""
     trace = make_trace(0, tokens=200, layers=1, experts=6)
@@ -132,6 +158,24 @@ def test_copies_go_where_tokens_are() -> None:
     answer = solve(problem, "nearby")
     assert answer.placement is not None
     assert (answer.placement.copies()[0, :, 0] == 1).all()
+
+
+@pytest.mark.parametrize("extra", [0, 1, 3])
+def test_copies_may_be_fewer_than_slots(extra: int) -> None:
+    """With ``extra`` no layer has more copies than that; nodes may then hold unequal numbers, and the bound holds."""
+    problem = _near(4, tokens=60, layers=2, experts=4, slots_per_gpu=[4, 4])
+    answer = solve(problem, "nearby", Limits(options={"extra": str(extra)}))
+    assert answer.placement is not None
+    used = answer.placement.used_slots().sum(axis=1)
+    assert (used <= 4 + extra).all()
+    best = min(
+        objective_value(problem, placement)
+        for placement in every_placement(_near(4, tokens=60, layers=2, experts=4, slots_per_gpu=[4, 4]))
+        if (placement.used_slots().sum(axis=1) <= 4 + extra).all()
+    )
+    assert answer.objective == pytest.approx(best)
+    assert answer.bound is not None
+    assert answer.bound <= best * (1 + 1e-9)
 
 
 def test_without_spare_slots_it_is_a_partition() -> None:

@@ -43,10 +43,13 @@ class NodeAnnealer:
         ``[expert]`` loads.
     rooms
         ``[node, GPU]`` slots of each.
+    most
+        Slots that may be in use; default: all.
     """
 
-    def __init__(self, patterns: Patterns, load: Floats, rooms: Ints) -> None:
+    def __init__(self, patterns: Patterns, load: Floats, rooms: Ints, most: int | None = None) -> None:
         self.patterns, self.load, self.rooms = patterns, np.asarray(load, np.float64), np.asarray(rooms)
+        self.most = int(self.rooms.sum()) if most is None else most
         flat = patterns.experts.ravel()
         order = np.argsort(flat, kind="stable")
         self.of = (order // patterns.top_k).astype(np.int32)
@@ -104,12 +107,12 @@ class NodeAnnealer:
         now = np.array([float(cost @ self.weight)])
         least = np.array([now[0] if (busy <= cap).all() else np.inf])
         best, word = state.copy(), np.array([max(1, (seed + 1) * SEED_STEP % 2**64)], np.uint64)
-        scratch = np.zeros(len(busy))
+        scratch, free = np.zeros(len(busy)), np.array([self.most - int((slots >= 0).sum())])
         with np.errstate(over="ignore"):
             for turn in range(len(steps)):
                 kernel(
                     self.experts, self.weight, self.of, self.first, self.load, self.tokens, cap, state, (width, size),
-                    mask, where, cost, busy, scratch, now, best, least, schedule.swaps, heat[turn],
+                    mask, where, cost, busy, scratch, free, now, best, least, schedule.swaps, heat[turn],
                     (price[turn], 0.1 / percent), LOG_LEVELS, word,
                 )  # fmt: skip
                 if stop():
@@ -177,8 +180,8 @@ def _cost_loop(experts: Any, mask: Any, nodes: int, cost: Any) -> None:
 
 def _turn(
     experts: Any, weight: Any, of: Any, first: Any, load: Any, tokens: Any, cap: float, state: Any, shape: Any,
-    mask: Any, where: Any, cost: Any, busy: Any, scratch: Any, now: Any, best: Any, least: Any, proposals: int,
-    heat: float, prices: Any, logs: Any, random: Any,
+    mask: Any, where: Any, cost: Any, busy: Any, scratch: Any, free: Any, now: Any, best: Any, least: Any,
+    proposals: int, heat: float, prices: Any, logs: Any, random: Any,
 ) -> None:  # fmt: skip
     """Make proposals at one temperature; everything from ``state`` to ``least`` is changed in place."""
     slots, levels, word, nodes = len(state), len(logs) - 1, random[0], where.shape[1]
@@ -198,7 +201,7 @@ def _turn(
         scratch[:] = busy
         if taking:  # slot j takes another expert
             a = ((draw & 0xFFFFF) * len(mask)) >> 20
-            if (b >= 0 and mask[b] & (mask[b] - 1) == 0) or (mask[a] >> n) & 1:
+            if (b >= 0 and mask[b] & (mask[b] - 1) == 0) or (b < 0 and free[0] <= 0) or (mask[a] >> n) & 1:
                 continue
             _take(load, mask, where, a, b, h, scratch)
             new_a, new_b = mask[a] | (1 << n), 0 if b < 0 else mask[b] ^ (1 << n)
@@ -229,7 +232,9 @@ def _turn(
         busy[:] = scratch
         above = after
         state[j], where[a, n] = a, h
-        if not taking:
+        if taking:
+            free[0] -= b < 0
+        else:
             state[i] = b
             if b >= 0:
                 where[b, m] = g

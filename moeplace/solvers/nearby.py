@@ -7,8 +7,9 @@ most one copy on a node: a second one there saves no traffic between nodes. At l
 node so that tokens visit few. GRACE-MoE (arXiv 2509.25041) decides the same in steps, groups first and copies of the
 hottest after.
 
-Homes are taken to be spread evenly. Where the trace records them they still decide the objective, which is the
-evaluator's own.
+The bound counts a copy for every token that its own node does not cover (:mod:`moeplace.hypergraph.cover`). Homes are
+taken to be spread evenly. Where the trace records them they still decide the objective, which is the evaluator's own,
+and the bound is the general one.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from moeplace.errors import ProblemError
 from moeplace.frozen import Floats, Ints
 from moeplace.hypergraph import Patterns
 from moeplace.hypergraph.anneal import Schedule
+from moeplace.hypergraph.cover import most_covered
 from moeplace.hypergraph.nearby import MOST_NODES, NodeAnnealer
 from moeplace.hypergraph.pairs import pairs_of
 from moeplace.hypergraph.split import settle_node, split_node
 from moeplace.hypergraph.thin import thinned, worth_thinning
+from moeplace.metrics import MOST_HOMES
 from moeplace.objective import UNITS, load_ratio, objective_value
 from moeplace.packing import pack_layers
 from moeplace.packing.eplb import balance_global, slots_without_copies
@@ -39,7 +42,10 @@ from moeplace.solution import Clock, Limits, Report, Solution, Status, StopReaso
 DESCRIPTION = "replicas near the tokens that need them: fewest copies sent to other nodes, within load caps"
 USES_START = True
 ROUTINGS = (TOPOLOGY_AWARE, NEAREST)
-OPTIONS: Mapping[str, str] = {"runs": "hot runs of each layer, the best of which is cooled (default: 3, times --work)"}
+OPTIONS: Mapping[str, str] = {
+    "runs": "hot runs of each layer, the best of which is cooled (default: 3, times --work)",
+    "extra": "most copies beyond one of each expert, in a layer (default: as many as slots hold)",
+}
 RUNS = 3
 HOT = Schedule(turns=48, swaps=20, hot=0.6, cold=0.03, first_price=0.1)  # swaps for each slot
 COLD = Schedule(turns=12, swaps=40, hot=0.03, cold=0.005, first_price=3.0)
@@ -49,11 +55,15 @@ MET = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class _Best:
-    """The best state of a layer: copies sent, summed over tokens, ``[GPU, slot]`` experts, whether it keeps the cap."""
+    """The best state of a layer: copies sent, summed over tokens, ``[GPU, slot]`` experts, whether it keeps the cap.
+
+    ``least`` is a lower bound on what any state sends.
+    """
 
     sent: float
     slots: Ints
     within: bool
+    least: float = 0.0
 
     def beats(self, other: _Best) -> bool:
         """Whether to take it instead."""
@@ -99,8 +109,12 @@ class _Run:
         assert sample is not None
         self.experts = sample.experts
         self.recorded = sample.rank is not None
+        # homes that are recorded, or only some of many, are not all alike to every token
+        self.even = not self.recorded and problem.topology.num_nodes <= MOST_HOMES
         self.rooms = problem.slots_per_gpu.reshape(problem.topology.num_nodes, -1)
         self.runs = limits.whole("runs", max(1, round(RUNS * limits.work)), least=1)
+        spare = problem.num_slots - problem.num_experts
+        self.extra = min(spare, limits.whole("extra", spare))
         self.balanced = self._balanced()
 
     def solve(self) -> Solution:
@@ -117,6 +131,9 @@ class _Run:
         given = problem.start
         if given is not None and self._allowed(given) and (not within or objective_value(problem, given) < value):
             placement, within, value = given, True, objective_value(problem, given)
+        bound = None
+        if self.even:
+            bound = min(value, sum(best.least for best in found) / (len(self.experts) * len(found)))
         ended = self.clock.stop_reason() if self.clock.over else StopReason.EXHAUSTED
         notes = ["homes were taken to be spread evenly; the trace records others"] if self.recorded else []
         if not within:
@@ -127,6 +144,7 @@ class _Run:
             placement=placement if within else None,
             objective=value if within else float("inf"),
             unit=UNITS[REMOTE],
+            bound=bound if within else None,
             status=Status.FEASIBLE if within else Status.UNKNOWN,
             stop_reason=ended,
             solver="nearby",
@@ -135,9 +153,14 @@ class _Run:
             notes=tuple(notes),
         )
 
+    @property
+    def _most(self) -> int:
+        """Slots of a layer that may be in use."""
+        return self.problem.num_experts + self.extra
+
     def _allowed(self, given: Placement) -> bool:
-        problem = self.problem
-        if given.duplicates() or (given.used_slots() > problem.slots_per_gpu).any():
+        problem, used = self.problem, given.used_slots()
+        if given.duplicates() or (used > problem.slots_per_gpu).any() or (used.sum(axis=1) > self._most).any():
             return False
         return problem.load_cap is None or bool((load_ratio(problem, given) <= problem.load_cap * (1 + MET)).all())
 
@@ -158,7 +181,7 @@ class _Run:
     def _layer(self, layer: int) -> _Best:
         """The best of some runs, or the balanced start where none keeps the cap."""
         patterns = Patterns.of(self.experts[:, layer], self.problem.num_experts)
-        annealer = NodeAnnealer(patterns, self.load[layer], self.rooms)
+        annealer = NodeAnnealer(patterns, self.load[layer], self.rooms, self._most)
         together, start = pairs_of(patterns), self._start(layer)
         best = self._judged(layer, start, annealer)
         seed, cap = self.limits.seed * 1009 + layer, float(self.cap[layer])
@@ -166,11 +189,17 @@ class _Run:
         for run in range(self.runs):
             hot, own = annealer, seed + 97 * run
             if worth_thinning(patterns):
-                hot = NodeAnnealer(thinned(patterns, own), annealer.load, annealer.rooms)
+                hot = NodeAnnealer(thinned(patterns, own), annealer.load, annealer.rooms, self._most)
             warm = self._better(layer, warm, self._annealed(hot, start, cap, HOT, own), annealer)
         best = self._better(layer, warm, self._annealed(annealer, warm.slots, cap, COLD, seed), annealer)
         settled = self._judged(layer, self._settled(layer, best.slots, together), annealer)
-        return settled if settled.within or not best.within else best
+        best = settled if settled.within or not best.within else best
+        return best if self.clock.over or not self.even else replace(best, least=self._least(patterns))
+
+    def _least(self, patterns: Patterns) -> float:
+        """Copies that are sent at least, summed over tokens: one by each that its own node does not cover."""
+        covered = most_covered(patterns, self.rooms.sum(axis=1), self.extra, stop=lambda: self.clock.over)
+        return max(0.0, patterns.tokens - covered / len(self.rooms))
 
     def _better(self, layer: int, best: _Best, slots: Ints, annealer: NodeAnnealer) -> _Best:
         offered = self._judged(layer, slots, annealer)
