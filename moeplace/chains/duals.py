@@ -39,6 +39,7 @@ def exact_matching(pairs: Ints, slots: int) -> Ints:
 
     most = []
     experts = pairs.shape[1]
+    slots = min(slots, experts)
     rows = np.repeat(np.arange(experts), experts)
     columns = experts + np.tile(np.arange(experts), experts)
     ends = np.arange(experts)
