@@ -3,7 +3,7 @@
 Copies that share tokens evenly never lower what crosses by themselves; they relieve GPUs, so that within a load cap
 experts may keep together that were too hot to. A few numbers of copies are tried first: as many as bring the load of a
 copy below a share of the cap, from one that only splits what no GPU can hold alone to one that splits whatever is warm.
-Then numbers change at random in some layers, a copy dropped, made, or passed to another expert; the chain is warmed and
+Then numbers change at random in every layer, a copy dropped, made, or passed to another expert; the chain is warmed and
 cooled with them, and the best layers of old and new go on (:func:`moeplace.chains.clones.mixed`). Copies that cost
 pairs and are not needed for the cap are dropped. At last the numbers stay and the chain is searched on.
 """
@@ -25,8 +25,7 @@ from moeplace.packing.eplb import balance_counts, balance_global
 from moeplace.placement import EMPTY, Placement
 
 LEVELS = (1.0, 0.7, 0.5, 0.35)  # of the most load of a GPU: experts are split until none of their copies has more
-SHARE_OF_STARTS, SHARE_OF_ROUNDS = 0.4, 0.3  # of the work; the rest goes to the last search
-CHANGED = 0.5  # of the layers in each round
+SHARE_OF_STARTS, SHARE_OF_ROUNDS = 0.2, 0.6  # of the work; the rest goes to the last search
 KICKS = 100
 SAME = 1e-9
 
@@ -192,7 +191,7 @@ class Cloning:
 
 
 def changed(chain: Chain, placement: Placement, rng: np.random.Generator) -> Placement:
-    """Return a placement with a copy dropped, made, or passed on in some layers; it keeps the cap where the given did.
+    """Return a placement with a copy dropped, made, or passed on in every layer; it keeps the cap where the given did.
 
     New copies go to experts by the load of one copy, into any slot whose GPU does not hold the expert yet. Layers that
     swaps do not bring back within the cap stay as they were.
@@ -200,8 +199,7 @@ def changed(chain: Chain, placement: Placement, rng: np.random.Generator) -> Pla
     expert, gpu = chain.items(placement)
     weight = chain.weigh(placement.replicas())
     held = placement.copies() > 0
-    for layer in np.flatnonzero(rng.random(len(expert)) < CHANGED).tolist():
-        row = expert[layer]
+    for layer, row in enumerate(expert):
         count = counts(row[None], placement.num_experts)[0]
         several = np.flatnonzero((row != EMPTY) & (count[row] > 1))
         empty = np.flatnonzero(row == EMPTY)

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 from strategies import make_problem, make_trace, random_placement, slow_topology
 
 from moeplace.bounds import cross_bound
 from moeplace.chains.anneal import Schedule, anneal
 from moeplace.chains.clones import Chain, counts, mixed
-from moeplace.chains.duals import exact_matching
+from moeplace.chains.duals import exact_matching, shared_bound
 from moeplace.chains.repair import repair
+from moeplace.chains.sdp import ChainSDP
 from moeplace.cloning import changed, counts_below, pruned, starts
 from moeplace.errors import InputError
 from moeplace.frozen import Floats
@@ -206,6 +208,69 @@ def test_no_bound_is_above_a_placement_with_copies(seed: int, slots: int, level:
     matching = 1 - exact_matching(pairs, problem.levelled[1]).sum() / pairs.sum()
     assert cross_bound(problem) <= value + 1e-9
     assert matching <= value + 1e-9
+
+
+@given(seed=st.integers(0, 10**6), slots=st.integers(3, 4), steps=st.integers(1, 60))
+def test_the_programme_bounds_placements_with_copies(seed: int, slots: int, steps: int) -> None:
+    """Any iterate's bound holds for a placement with copies under its own load as the cap, triangles included."""
+    problem = _problem(seed % 8, 3, 6, "scale-up:3", slots_per_gpu=np.full(3, slots))
+    placement, spare = random_placement(seed, [slots] * 3, 3, 6), 3 * slots - 6
+    chain = _chain(problem)
+    pairs = np.pad(chain.pairs, ((0, 0), (0, spare), (0, spare)))
+    load = np.pad(problem.stats.load, ((0, 0), (0, spare)))
+    sdp = ChainSDP(pairs, load, placement.gpu_load(problem.stats.load).max(axis=1), 3, once=False)
+    for _ in range(2):
+        sdp.iterate(steps)
+        assert sdp.bound() >= chain.kept(placement) * (1 - 1e-9)
+        sdp.separate()
+
+
+@pytest.mark.parametrize("level", ["gpu", "node"])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_answer_s_bound_holds_for_other_copies(seed: int, level: str) -> None:
+    """Under the caps that a random placement with copies just keeps, its value is not below the bound."""
+    bare = _problem(seed, 3, 6, "scale-out:2x2", slots_per_gpu=np.full(4, 2), copies_level=level)
+    placement = random_placement(seed, [2] * 4, 3, 6)
+    problem = bare.replace(load_cap=max_over_mean(placement, bare.stats.load) * (1 + 1e-9), start=placement)
+    answer = solve(problem, "search", SHORT.replace(work=0.001, options={}))
+    assert answer.placement is not None
+    assert answer.bound is not None
+    assert answer.bound <= answer.objective <= objective_value(problem, placement) * (1 + 1e-9)
+
+
+def test_the_programme_without_copies_is_no_bound_with_them() -> None:
+    """Two experts, each too hot for a GPU of its own: placed once the cap cannot be kept, shared it is."""
+    pairs, load = np.full((1, 4, 4), 0), np.array([[3, 1, 0, 0], [3, 1, 0, 0]])
+    pairs[0, :2, :2] = [[3, 0], [0, 1]]
+    shares = np.array([[[1, 1, 0, 0], [1, 0, 0, 0]]] * 2)
+    placement = Placement(slots=np.array([[[0, 1], [0, EMPTY]]] * 2), num_experts=2)
+    assert np.array_equal(placement.copies(), shares[:, :, :2])
+    cap = placement.gpu_load(load[:, :2]).max(axis=1)
+    copied, alone = (ChainSDP(pairs, load, cap, 2, once=once) for once in (False, True))
+    kept = 3 * 0.5 + 1
+    for sdp in (copied, alone):
+        sdp.iterate(300)
+    assert copied.bound() >= kept
+    assert copied.bound() < 4
+    assert alone.bound() < kept
+
+
+@given(seed=st.integers(0, 10**6), slots=st.integers(1, 6))
+def test_the_bound_on_shared_layers_holds(seed: int, slots: int) -> None:
+    """Above the linear programme over symmetric matrices whose diagonal is free."""
+    size = 5
+    table = np.random.default_rng(seed).normal(size=(size, size))
+    table = table + table.T
+    if slots >= size:
+        assert shared_bound(table, slots) == pytest.approx(float(table.sum()))
+        return
+    rows = np.kron(np.eye(size), np.ones(size))
+    swap = np.eye(size * size).reshape(size, size, -1)
+    same = (swap - swap.transpose(1, 0, 2)).reshape(size * size, -1)
+    conditions, ends = np.vstack([rows, same]), np.concatenate([np.full(size, slots), np.zeros(size * size)])
+    best = linprog(-table.ravel(), A_eq=conditions, b_eq=ends, bounds=(0, 1))
+    assert best.status == 0
+    assert shared_bound(table, slots) >= -best.fun - 1e-9
 
 
 def test_an_expert_too_hot_for_one_gpu_is_split() -> None:

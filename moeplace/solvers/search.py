@@ -9,7 +9,7 @@ Where copies share tokens evenly the share of pairs that cross is linear in what
 expert can take it all at no more crossing: without a load cap, copies gain nothing, every expert is placed once, and
 spare slots are room. Within a cap, or where the busiest GPU's work is paid for, copies let experts keep together that
 are too hot to otherwise: spare slots then hold what copies pay (:mod:`moeplace.cloning`), starting from the best
-placement without, so that the answer is never worse than that one.
+placement without, so that the answer is never worse than that one. Bounds hold for all copies that slots allow.
 """
 
 from __future__ import annotations
@@ -293,16 +293,21 @@ class _Run:
         if kind == "matching":
             kept = int(exact_matching(self.pairs, slots).sum())
             return max(best, 1 - kept / self.total)
-        if not problem.divides_evenly:
-            self.notes.append("uneven or spare slots: the bound is that of matchings, without the load cap")
+        if (problem.slots_per_gpu != problem.max_slots).any():
+            self.notes.append("GPUs have unlike slots: the bound is that of matchings, without the load cap")
             return best
-        size = 2 * problem.num_experts
+        size = 2 * problem.num_slots
         wanted = int(self.limits.work * SDP_WORK / ((problem.num_layers - 1) * size**3 * parts))
         steps = min(MOST_STEPS, max(LEAST_STEPS, wanted))
         cap = None
         if problem.load_cap is not None:
             cap = problem.load_cap * self.problem.stats.load.sum(axis=1) / groups
-        sdp = ChainSDP(self.pairs, problem.stats.load, cap, groups, threads=self.limits.threads)
+        spare = problem.num_slots - problem.num_experts
+        pairs = np.pad(self.pairs, ((0, 0), (0, spare), (0, spare)))
+        load = np.pad(problem.stats.load, ((0, 0), (0, spare)))
+        # without a cap no copies cross less than experts placed once
+        once = spare == 0 or cap is None
+        sdp = ChainSDP(pairs, load, cap, groups, threads=self.limits.threads, once=once)
         before, stalled = best, 0
         for taken, most in bounds(sdp, steps, max(5, steps // EVALUATIONS), lambda: self.clock.over):
             best = max(best, 1 - most / self.total)
