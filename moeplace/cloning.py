@@ -45,7 +45,13 @@ def counts_below(load: Floats, level: Floats, slots: int, most: int) -> Ints:
 
 
 def starts(
-    chain: Chain, load: Floats, top: Floats, *, seed: int = 0, stop: Callable[[], bool] = lambda: False
+    chain: Chain,
+    load: Floats,
+    top: Floats,
+    *,
+    kicks: int = KICKS,
+    seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Placement]:
     """Balanced placements with few copies to many, of unlike numbers; those of no copies are left out.
 
@@ -57,22 +63,25 @@ def starts(
         ``[layer, expert]`` loads by which they are balanced.
     top
         ``[layer]`` most load of a GPU, from which levels are counted.
-    seed, stop
-        Of the kicks of :func:`pack_layers`; asked between layers.
+    kicks, seed, stop
+        Of :func:`pack_layers`, in layers that the packing does not bring within the cap; asked between layers.
     """
     slots, most = chain.slots_per_gpu, int((chain.slots_per_gpu > 0).sum())
-    floor = np.where(np.isfinite(chain.cap), chain.cap, np.inf)
     found: list[Placement] = []
     full = None
+
+    def balanced(placement: Placement, *, fill: bool) -> Placement:
+        floor = np.where(chain.keeps_cap(placement), np.inf, chain.cap)
+        return pack_layers(load, placement, slots, floor=floor, kicks=kicks, seed=seed, fill=fill, stop=stop)
+
     for level in LEVELS:
         count = counts_below(load, level * top, int(slots.sum()), most)
         placement = balance_counts(load, count, slots)
         if not chain.keeps_cap(placement).all():
-            placement = pack_layers(load, placement, slots, floor=floor, kicks=KICKS, seed=seed, fill=False, stop=stop)
+            placement = balanced(placement, fill=False)
         if not (kept := chain.keeps_cap(placement)).all():
             if full is None:
-                full = balance_global(load, slots)
-                full = pack_layers(load, full, slots, floor=floor, kicks=KICKS, seed=seed, stop=stop)
+                full = balanced(balance_global(load, slots), fill=True)
             placement = placement.replace(slots=np.where(kept[:, None, None], placement.slots, full.slots))
         copies = placement.replicas()
         if (copies > 1).any() and not any(np.array_equal(copies, other.replicas()) for other in found):

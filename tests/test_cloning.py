@@ -321,6 +321,21 @@ def test_copies_are_offered_to_step_time() -> None:
             assert answer.bound <= objective_value(problem, other)
 
 
+def test_step_time_with_copies_is_no_worse_than_even_copies() -> None:
+    """Where arithmetic decides and an expert is hot, copies save a fifth of the time, and a load cap is kept all the same."""
+    trace = make_trace(3, tokens=300, layers=3, experts=8, top_k=2)
+    experts = np.where(np.arange(300)[:, None, None] % 4 > 0, [0, 1], trace.experts).astype(trace.experts.dtype)
+    problem = make_problem(trace.replace(experts=experts), "scale-up:4", redundant=4, requests=2**16)
+    problem = problem.replace(objective="step-time", dataflow="context-coherent")
+    brief = SHORT.replace(work=0.0001)
+    once = solve(problem, "search", brief.replace(options={"copies": "none"}))
+    answer = solve(problem, "search", brief)
+    assert answer.objective <= min(solve(problem, "eplb").objective * 1.001, 0.85 * once.objective)
+    held = solve(problem.replace(load_cap=1.2), "search", brief)
+    assert held.placement is not None
+    assert (max_over_mean(held.placement, problem.stats.load) <= 1.2 * (1 + 1e-9)).all()
+
+
 def test_where_copies_are_not_made() -> None:
     """Without a cap, with ``copies=none``, under another routing, which is said; an unknown choice is refused."""
     problem = _problem(5, 3, 8, "scale-up:4", redundant=4)

@@ -103,6 +103,11 @@ class Chain:
         kept: npt.NDArray[np.bool_] = self.gpu_load(placement).max(axis=1) <= cap * (1 + 1e-12)
         return kept
 
+    def patched(self, placement: Placement, other: Placement) -> Placement:
+        """Return a placement whose layers above the cap are those of another one."""
+        kept = self.keeps_cap(placement)[:, None, None]
+        return placement.replace(slots=np.where(kept, placement.slots, other.slots))
+
     def worth(self) -> Floats:
         """``[GPU, next GPU]`` worth of a pair by its way, as instances have it."""
         if self.cost is None or not self.cost.any():

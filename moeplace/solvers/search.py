@@ -54,7 +54,7 @@ MOST_STEPS, LEAST_STEPS, EVALUATIONS = 400, 10, 8
 STALLED = 2e-5  # of all pairs, between two evaluations; twice ends the bounding
 SLACKS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, math.inf)  # of the busiest GPU's work, above the balanced one's
 SCAN = 0.08  # work of the search under each
-COPIES_CAPS = (1.0, 0.97, 0.9)  # of the busiest GPU's work without copies, under which copies are tried
+COPIES_CAPS = (0.0, 0.2, 0.6, 1.0)  # of the work that copies can take off the busiest GPU, what a cap takes off
 TRIES = 300  # exchanges of ranks on direct networks
 
 
@@ -185,17 +185,24 @@ class _Run:
 
     def _copied(self, best: Placement | None) -> Placement | None:
         """Return the best placement with copies, or the given one without where that is not better."""
-        problem, limits, given = self.problem, self.limits, self.problem.start
+        problem, limits = self.problem, self.limits
+        found = [] if best is None else [best]
+        given = self._start_that_fits()
+        first = [] if given is None else [given]
         caps = [self.cap]
         if self.timed and best is not None:
-            busiest = self.chain.gpu_load(best).max(axis=1)
-            caps = [np.minimum(self.cap, busiest * share) for share in COPIES_CAPS]
-        found = [] if best is None else [best]
+            first.append(self._evenest())
+            found += [one for one in first if self.chain.keeps_cap(one).all()]
+            busiest, reach = (self.chain.gpu_load(one).max(axis=1) for one in (best, first[-1]))
+            above = np.maximum(0.0, busiest - reach)
+            caps = [np.minimum(self.cap, busiest - above * share) for share in COPIES_CAPS]
         for i, cap in enumerate(caps):
             chain = replace(self.chain, cap=cap)
-            options = starts(chain, self.load, cap, seed=limits.seed, stop=lambda: self.clock.over)
-            if given is not None and (given.replicas() > 1).any() and not given.duplicates():
-                options.append(given)
+            kicks = KICKS if problem.load_cap is not None else 0  # µs are not shared as tokens are
+            options = starts(chain, self.load, cap, kicks=kicks, seed=limits.seed, stop=lambda: self.clock.over)
+            options += first
+            if self.timed and best is not None:
+                options = [chain.patched(option, best) for option in options]
             watch = self._watch(self.limit_s * (0.5 + 0.5 * (i + 1) / len(caps)))
             told = found.append if self.timed else lambda _: None
 
@@ -207,6 +214,13 @@ class _Run:
             if (last := cloning.run(best, options, limits.work / len(caps))) is not None:
                 found.append(last)
         return min(found, key=lambda placement: objective_value(problem, placement), default=None)
+
+    def _evenest(self) -> Placement:
+        """Return a placement whose copies fill all slots and balance tokens as far as that goes."""
+        problem, load = self.problem, self.problem.stats.load.astype(np.float64)
+        floor, slots = load_floor(problem) * load.sum(axis=1) / problem.num_gpus, problem.slots_per_gpu
+        start, seed = balance_global(load, slots), self.limits.seed
+        return pack_layers(load, start, slots, floor=floor, kicks=KICKS, seed=seed, stop=lambda: self.clock.over)
 
     def _start(self) -> Ints:
         """Return the state to start from: the start that was given, EPLB's or a better balanced one, within the cap."""
@@ -227,11 +241,18 @@ class _Run:
 
     def _given(self) -> Ints | None:
         """Return the start that was given, where it has no copies and keeps the cap."""
-        given = self.problem.start
-        if given is None or (given.replicas() != 1).any() or given.duplicates():
+        given = self._start_that_fits()
+        if given is None or (given.replicas() != 1).any():
             return None
         state = self._state(given)
         return None if self.instance.excess(state).any() else state
+
+    def _start_that_fits(self) -> Placement | None:
+        """Return the start that was given, its slots as many as the problem's; None where it breaks their rules."""
+        given = self.problem.start
+        if given is None or given.duplicates() or (given.used_slots() > self.problem.slots_per_gpu).any():
+            return None
+        return self.chain.placement(*self.chain.items(given))
 
     def _state(self, placement: Placement) -> Ints:
         """``[layer, slot]`` GPUs of the experts, and of one expert of nothing for each empty slot."""
