@@ -322,7 +322,7 @@ def test_copies_are_offered_to_step_time() -> None:
 
 
 def test_step_time_with_copies_is_no_worse_than_even_copies() -> None:
-    """Where arithmetic decides and an expert is hot, copies save a fifth of the time, and a load cap is kept all the same."""
+    """Where arithmetic decides and an expert is hot, copies save a fifth of the time; a load cap is kept."""
     trace = make_trace(3, tokens=300, layers=3, experts=8, top_k=2)
     experts = np.where(np.arange(300)[:, None, None] % 4 > 0, [0, 1], trace.experts).astype(trace.experts.dtype)
     problem = make_problem(trace.replace(experts=experts), "scale-up:4", redundant=4, requests=2**16)
