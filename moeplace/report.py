@@ -88,9 +88,10 @@ def _wrapped(text: str, room: int, indent: str = "") -> list[str]:
     return [line.replace("\u00a0%", " %") for line in lines] or [""]
 
 
-def write_lines(pairs: Mapping[str, str], out: Console) -> None:
+def write_lines(pairs: Mapping[str, str] | Sequence[tuple[str, str]], out: Console) -> None:
     """Write ``label  text`` lines, labels aligned; a terminal gets long texts wrapped beneath themselves."""
-    for line in align(list(pairs.items()), right=(), width=width_of(out)):
+    lines = list(pairs.items()) if isinstance(pairs, Mapping) else pairs
+    for line in align(lines, right=(), width=width_of(out)):
         say(line, out)
 
 

@@ -490,6 +490,16 @@ def test_lists_are_complete_and_unwrapped(shell: Shell, kind: str) -> None:
     assert not re.search(r" $", text, re.M)
 
 
+def test_every_solver_s_options_stand_below_it(shell: Shell) -> None:
+    """Also where two solvers have an option of one name."""
+    entries = shell("list solvers --json").json["entries"]
+    blocks: list[set[str]] = []
+    for line in shell("list solvers").out.splitlines():
+        blocks += [] if line.startswith("  --option ") else [set()]
+        blocks[-1].add(line.split("=…")[0].removeprefix("  --option ") if "  --option " in line else line.split()[0])
+    assert blocks == [{e["name"], *e["options"]} for e in entries]
+
+
 def test_list_survives_a_solver_that_does_not_load(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another package's broken solver is listed as such, and the others beside it."""
     from moeplace import solvers

@@ -77,10 +77,10 @@ def list_command(kind: str, **options: Any) -> None:
 def _write_solvers(rows: list[dict[str, Any]]) -> None:
     from moeplace.report import console, write_lines
 
-    lines: dict[str, str] = {}
+    lines: list[tuple[str, str]] = []  # several solvers have an option of one name
     for row in rows:
-        lines[row["name"]] = row["description"]
-        lines |= {f"  --option {key}=…": text for key, text in row["options"].items()}
+        lines.append((row["name"], row["description"]))
+        lines += [(f"  --option {key}=…", text) for key, text in row["options"].items()]
     write_lines(lines, console())
 
 
