@@ -12,6 +12,13 @@ TRACES = (  # name, path, cap without replicas, cap with them, least saved [%]
     ("gpt-oss-20b", str(DATA / "gpt_oss_20b_fingerprinting/routing.npz"), "1.05", "1.04", 8.0),
     ("tinymoe", "traces/tinymoe_8x32_top4.npz", "1.05", "1.03", 5.0),
 )
+CHAINS = (  # name, path, extra slots per GPU, cap, least saved [%]
+    ("gpt-oss-20b", str(DATA / "gpt_oss_20b_fingerprinting/routing.npz"), "1", "1.05", 0.5),
+    ("gpt-oss-20b", str(DATA / "gpt_oss_20b_fingerprinting/routing.npz"), "2", "1.1", 0.2),
+    ("gpt-oss-20b", str(DATA / "gpt_oss_20b_fingerprinting/routing.npz"), "1", "eplb", None),
+    ("tinymoe", "traces/tinymoe_8x32_top4.npz", "1", "1.05", 0.1),
+    ("tinymoe", "traces/tinymoe_8x32_top4.npz", "2", "eplb", 2.0),
+)
 BUDGET_CODE = """
 import json, sys, time
 import numpy as np
@@ -111,6 +118,54 @@ print(json.dumps({
 }))
 """
 
+CHAINS_CODE = """
+import json, sys, time
+from moeplace.affinity import count_routing
+from moeplace.build import build_problem
+from moeplace.metrics import max_over_mean
+from moeplace.objective import objective_value
+from moeplace.readers import open_trace
+from moeplace.solution import Limits
+from moeplace.solvers import solve
+from moeplace.split import parse_split, select
+
+path, extra, cap = sys.argv[1:4]
+trace, split = open_trace(path), parse_split("half:0")
+held_out = count_routing(select(trace, split=split, part="test"))
+problem = build_problem(select(trace, split=split, part="fit"), topology="scale-up:8", objective="cross",
+                        dataflow="context-coherent", load_cap=cap, redundant=8 * int(extra))
+told = {}
+for copies in ("none", "fill"):
+    started = time.perf_counter()
+    answer = solve(problem, "search", Limits(work=0.2, threads=2, time_limit_s=1200, options={"copies": copies}))
+    one = {"seconds": time.perf_counter() - started, "notes": answer.notes}
+    if answer.placement is not None:
+        one |= {
+            "cross": objective_value(problem.replace(stats=held_out), answer.placement),
+            "load": float(max_over_mean(answer.placement, held_out.load).mean()),
+            "copies": int(answer.placement.replicas().sum()) - problem.num_layers * problem.num_experts,
+            "fit": answer.objective, "bound": answer.bound,
+        }
+    told[copies] = one
+print(json.dumps(told))
+"""
+SKEWED_CODE = """
+import json, sys
+from benchmarks.instances import make_trace
+from moeplace.batches import BatchLaw
+from moeplace.build import build_problem
+from moeplace.solution import Limits
+from moeplace.solvers import solve
+
+problem = build_problem(make_trace("olmoe", "strong", int(sys.argv[1])), topology="scale-up:32", redundant=32,
+                        objective="step-time", dataflow="context-coherent")
+problem = problem.replace(law=BatchLaw(phase="decode", requests=65_536))
+brief = Limits(work=0.1, threads=2, time_limit_s=1200)
+told = {name: solve(problem, name, brief).objective for name in ("eplb", "balance", "search")}
+told["none"] = solve(problem, "search", brief.replace(options={"copies": "none"})).objective
+print(json.dumps(told))
+"""
+
 
 def cases(seeds: int) -> list[Case]:
     """Real counts and real tokens; figures of copies on requests that were held out."""
@@ -121,7 +176,10 @@ def cases(seeds: int) -> list[Case]:
     for row in TRACES:
         if not row[1].startswith(str(DATA)) or (DATA / row[1]).exists():
             results += _copies(*row)
-    return results
+    for chain in CHAINS:
+        if not chain[1].startswith(str(DATA)) or (DATA / chain[1]).exists():
+            results += _chains(*chain)
+    return [*results, *_skewed()]
 
 
 def _told(code: str, *arguments: str) -> dict[str, Any]:
@@ -172,3 +230,31 @@ def _copies(name: str, path: str, without: str, cap: str, least: float) -> list[
         Case(name="  max/mean, at most that without replicas", value=told["load"], unit="", target=told["plain_load"]),
         Case(name="  time", value=told["seconds"], unit="s", note=eplb),
     ]
+
+
+def _chains(name: str, path: str, extra: str, cap: str, least: float | None) -> list[Case]:
+    """Pairs that cross on held-out requests, with copies and without, within one cap and at the same work."""
+    told = _told(CHAINS_CODE, path, extra, cap)
+    alone, copied = told["none"], told["fill"]
+    title = f"search, {name} on 8 GPUs, {extra} extra slots each, load cap {cap}, held-out requests: "
+    fit = f"fitted {copied['fit']:.4f}, certified {copied['bound']:.4f}; {copied['copies']} copies"
+    if "cross" not in alone or least is None:
+        note = "placed once, no start keeps the cap" if "cross" not in alone else f"placed once {alone['cross']:.4f}"
+        first = Case(name=f"{title}pairs that cross", value=copied["cross"], unit="", note=f"{note}; {fit}")
+        return [first, Case(name="  max/mean", value=copied["load"], unit="")]
+    saved = 100 * (1 - copied["cross"] / alone["cross"])
+    note = f"cross {copied['cross']:.4f}, placed once {alone['cross']:.4f}; {fit}"
+    return [
+        Case(name=f"{title}fewer pairs cross", value=saved, unit="%", target=least, at_least=True, note=note),
+        Case(name="  max/mean", value=copied["load"], unit="", note=f"placed once {alone['load']:.4f}"),
+        Case(name="  time", value=copied["seconds"], unit="s", note=f"placed once {alone['seconds']:.0f} s"),
+    ]
+
+
+def _skewed() -> list[Case]:
+    """Step time where one expert is more than a GPU's share."""
+    told = _told(SKEWED_CODE, "0")
+    best = min(told["eplb"], told["balance"], told["none"])
+    note = f"EPLB {told['eplb']:,.0f}, balance {told['balance']:,.0f}, search placed once {told['none']:,.0f} µs"
+    title = "search, skewed 16×64 on 32 GPUs, 1 extra slot each, step time, at most the best other"
+    return [Case(name=title, value=told["search"], unit="µs", target=best, note=note)]

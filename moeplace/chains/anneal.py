@@ -5,6 +5,8 @@ look-ups. An expert is swapped with one whose load ranks near its own, in a wind
 layer's cap is paid for, a little more than in proportion, by a price that grows while the temperature falls: the hot
 phase crosses infeasible states, the cold one ends within the caps or very near.
 
+A swap that would put two copies of an expert on one GPU is not made.
+
 Layers of even number change while those of odd number stand still, and the other way round. A layer has random numbers
 of its own, and begins its turn by taking up what its neighbours changed. Layers can so be given to threads, and the
 result is the same whatever their number. Random numbers are a xorshift of 64 bits and acceptance compares with a table
@@ -151,7 +153,7 @@ class _Run:
             self.random ^= self.random << np.uint64(13)
             self.random ^= self.random >> np.uint64(7)
             self.random ^= self.random << np.uint64(17)
-        self.halted, self.uniform = False, instance.is_uniform
+        self.halted, self.uniform, self.twins = False, instance.is_uniform, instance.twins
         self.onward = np.ascontiguousarray(instance.worth)
         self.backward = np.ascontiguousarray(instance.worth.T)
         if compiled is None:
@@ -207,32 +209,32 @@ class _Run:
         self.kernel(
             first, second, one.pairs, one.back, one.load, one.cap, self.order, self.rank, self.gpu, self.was, self.near,
             self.busy, self.window[turns], self.heat[turns], self.price[turns], self.bend, LOG_LEVELS, self.random,
-            self.onward, self.backward, self.uniform,
+            self.onward, self.backward, self.uniform, self.twins,
         )  # fmt: skip
 
 
 @functools.cache
 def _compiled() -> Callable[..., None]:
-    return compile_kernel(_turns, _turn, _take_up)
+    return compile_kernel(_turns, _turn, _take_up, _holds)
 
 
 def _turns(
     first: Any, second: Any, pairs: Any, back: Any, load: Any, cap: Any, order: Any, rank: Any, gpu: Any, was: Any,
     near: Any, busy: Any, window: Any, heat: Any, price: Any, bend: float, logs: Any, random: Any, onward: Any,
-    backward: Any, uniform: bool,
+    backward: Any, uniform: bool, twins: Any,
 ) -> None:  # fmt: skip
     """Give the layers in ``first`` and then those in ``second`` a turn, once for every temperature."""
     for t in range(len(heat)):
         _turn(first, pairs, back, load, cap, order, rank, gpu, was, near, busy, window[t], heat[t], price[t], bend,
-              logs, random, onward, backward, uniform)  # fmt: skip
+              logs, random, onward, backward, uniform, twins)  # fmt: skip
         _turn(second, pairs, back, load, cap, order, rank, gpu, was, near, busy, window[t], heat[t], price[t], bend,
-              logs, random, onward, backward, uniform)  # fmt: skip
+              logs, random, onward, backward, uniform, twins)  # fmt: skip
 
 
 def _turn(
     own: Any, pairs: Any, back: Any, load: Any, cap: Any, order: Any, rank: Any, gpu: Any, was: Any, near: Any,
     busy: Any, window: int, heat: float, price: float, bend: float, logs: Any, random: Any, onward: Any, backward: Any,
-    uniform: bool,
+    uniform: bool, twins: Any,
 ) -> None:  # fmt: skip
     """Give every layer in ``own`` its turn."""
     layers, experts = gpu.shape
@@ -267,10 +269,22 @@ def _turn(
             value = gain - price * above
             if value < 0 and value <= heat * logs[(draw >> 51) & mask]:
                 continue
+            if _holds(twins[layer], gpu[layer], a, h) or _holds(twins[layer], gpu[layer], b, g):
+                continue
             gpu[layer, a], gpu[layer, b] = h, g
             busy[layer, g] -= moved
             busy[layer, h] += moved
         random[layer] = word
+
+
+def _holds(twin: Any, gpu: Any, item: int, target: int) -> bool:
+    """Whether a GPU holds another copy of an item's expert."""
+    other = twin[item]
+    while other != item:
+        if gpu[other] == target:
+            return True
+        other = twin[other]
+    return False
 
 
 def _take_up(near: Any, pairs: Any, was: Any, now: Any, worth: Any, uniform: bool) -> None:

@@ -75,16 +75,26 @@ class Climb:
         Of the runs; threads do not change the result.
     watch
         Called with the share of the work that is done; the search ends soon when it returns True.
+    compiled
+        Use the compiled loop; default: where there is enough work.
     """
 
     def __init__(
-        self, instance: Instance, start: Ints, *, seed: int, threads: int, watch: Callable[[float], bool]
+        self,
+        instance: Instance,
+        start: Ints,
+        *,
+        seed: int,
+        threads: int,
+        watch: Callable[[float], bool],
+        compiled: bool | None = None,
     ) -> None:
         self.instance, self.start, self.best = instance, start, start
         self.taken_back = 0
         self._seed, self._threads, self._watch = seed * 10_007, threads, watch
         self._unit = spread_of_swaps(instance, start)
-        self._done, self._total, self._stopped, self._compiled = 0.0, 1.0, False, False
+        self._done, self._total, self._stopped, self._wanted = 0.0, 1.0, False, compiled
+        self._compiled = bool(compiled)
 
     def run(self, work: Work, improved: Callable[[str, Ints], None]) -> Ints:
         """Do the work, telling of every improvement; return the best state.
@@ -92,7 +102,8 @@ class Climb:
         ``taken_back`` counts layers that had to be taken from the start to keep the caps.
         """
         self._total = max(1.0, work.total)
-        self._compiled = work.total * self.instance.load.size >= COMPILE_FROM_SWAPS
+        if self._wanted is None:
+            self._compiled = work.total * self.instance.load.size >= COMPILE_FROM_SWAPS
         states = [self.start]
         for _ in range(work.runs):
             states.append(self._cooled(self.start, Schedule(sweeps=work.sweeps)))
@@ -107,6 +118,11 @@ class Climb:
             again = [self._cooled(self.best, warm) for _ in range(COPIES)]
             idle = 0 if self._keep("warming", recombine(self.instance, [self.best, *again]), improved) else idle + 1
         return self.best
+
+    def warmed(self, hot: float, sweeps: int) -> Ints:
+        """Return the start warmed, cooled, repaired and polished once."""
+        self._total = float(sweeps)
+        return self._cooled(self.start, Schedule(sweeps=sweeps, hot=hot, first_price=WARM_PRICE))
 
     def _keep(self, source: str, state: Ints, improved: Callable[[str, Ints], None]) -> bool:
         """Polish a state, and keep it if it is better and within the caps; return whether it was."""

@@ -39,6 +39,7 @@ def exact_matching(pairs: Ints, slots: int) -> Ints:
 
     most = []
     experts = pairs.shape[1]
+    slots = min(slots, experts)
     rows = np.repeat(np.arange(experts), experts)
     columns = experts + np.tile(np.arange(experts), experts)
     ends = np.arange(experts)
@@ -116,3 +117,19 @@ def symmetric_bound(table: Floats, slots: int) -> float:
         left = np.maximum(apart - u[:, None] - u[None, :], 0.0).sum()
         best = min(best, float(2 * (slots - 1) * u.sum() + left))
     return diagonal + best
+
+
+def shared_bound(table: Floats, slots: int) -> float:
+    """Bound ``max Σ table·D`` over symmetric ``D``: all entries within 0 and 1, rows that add up to ``slots``.
+
+    ``table`` is symmetric. Any multipliers ``u`` bound it by ``2·slots·Σu + Σ max(0, table - u - u)``.
+    """
+    kth = len(table) - slots
+    if kth <= 0:
+        return float(table.sum())
+    u, best = np.zeros(len(table)), np.inf
+    for _ in range(SWEEPS):
+        u = 0.5 * (u + np.partition(table - u[None, :], kth, axis=1)[:, kth])
+        left = np.maximum(table - u[:, None] - u[None, :], 0.0).sum()
+        best = min(best, float(2 * slots * u.sum() + left))
+    return best

@@ -1,4 +1,7 @@
-"""What is annealed: pairs of consecutive choices, what a pair is worth by where it goes, loads and their caps."""
+"""What is annealed: pairs of consecutive choices, what a pair is worth by where it goes, loads and their caps.
+
+An expert with several copies is as many items, each with its share of load and pairs; they sit on distinct GPUs.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from moeplace.frozen import Floats, Ints
 MOST_WORTH = 2**29  # of one expert's pairs: sums of four are compared in 32 bits
 WHOLE = 1000  # the worth of a pair that costs nothing, where worths differ
 UNLIMITED = 1e300
+FINER = 64  # parts of a pair that are told apart where copies share it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,8 @@ class Instance:
     worth
         ``[GPU, next GPU]`` int32 worth of a pair that goes from one to the other: the unit matrix where only pairs that
         stay count.
+    kind
+        ``[layer, item]`` what an item is a copy of; no GPU may hold two of a kind. Without copies every item is alone.
     """
 
     pairs: npt.NDArray[np.int32]
@@ -39,22 +45,25 @@ class Instance:
     cap: Floats
     num_gpus: int
     worth: npt.NDArray[np.int32]
+    kind: Ints
 
     @classmethod
     def of(
         cls,
-        pairs: Ints,
+        pairs: Ints | Floats,
         load: Ints | Floats,
         cap: Floats,
         num_gpus: int,
         *,
         slots: int | None = None,
         cost: Floats | None = None,
+        kind: Ints | None = None,
     ) -> Instance:
         """Lay out the arrays; pairs too many for 32 bits are scaled down and rounded.
 
         ``slots`` are those of a layer, at least its experts; the spare ones become experts of nothing. ``cost``
-        ``[GPU, next GPU]`` is what a pair costs by its way; without it all ways between GPUs cost the same.
+        ``[GPU, next GPU]`` is what a pair costs by its way; without it all ways between GPUs cost the same. With
+        ``kind``, ``pairs`` and ``load`` are shares of copies, and are kept in parts of :data:`FINER`.
         """
         worth = np.eye(num_gpus, dtype=np.int32)
         if cost is not None and cost.any():
@@ -64,6 +73,8 @@ class Instance:
         most = float(of_expert) * int(worth.max())
         if most >= MOST_WORTH:
             whole = whole * (MOST_WORTH / most)
+        elif kind is not None:
+            whole = whole * min(FINER, MOST_WORTH / max(1.0, most))
         spare = 0 if slots is None else slots - load.shape[1]
         own = np.pad(np.rint(whole).astype(np.int32), ((0, 0), (0, spare), (0, spare)))
         return cls(
@@ -73,12 +84,24 @@ class Instance:
             cap=np.where(np.isfinite(cap), cap, UNLIMITED).astype(np.float64),
             num_gpus=num_gpus,
             worth=np.ascontiguousarray(worth),
+            kind=np.tile(np.arange(own.shape[1]), (len(load), 1)) if kind is None else kind,
         )
 
     @property
     def is_uniform(self) -> bool:
         """Whether only pairs that stay on their GPU count, so that GPUs can be renamed in any layer."""
         return bool((self.worth == np.eye(self.num_gpus, dtype=np.int32)).all())
+
+    @property
+    def twins(self) -> Ints:
+        """``[layer, item]`` the next item of the same kind, around in a ring: the item itself where it is alone."""
+        order = np.argsort(self.kind, axis=1, kind="stable")
+        kinds = np.take_along_axis(self.kind, order, axis=1)
+        ring = np.tile(np.arange(order.shape[1]), (len(order), 1))
+        for layer in np.flatnonzero((kinds[:, 1:] == kinds[:, :-1]).any(axis=1)).tolist():
+            for group in np.split(order[layer], np.flatnonzero(np.diff(kinds[layer])) + 1):
+                ring[layer, group] = np.roll(group, -1)
+        return ring
 
     @property
     def mean_load(self) -> float:

@@ -3,12 +3,13 @@
 An annealed state ends within the caps but for a few selections in a few layers. There the busiest GPU gives one expert
 for another: of all swaps that bring it under the cap and put no other above, the one that keeps most pairs, else the
 one that takes most off the excess. A layer where no swap helps any more is taken from a state that keeps the caps, its
-GPUs renamed for the best fit with the layers beside it.
+GPUs renamed for the best fit with the layers beside it. Copies of an expert stay on distinct GPUs.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
 from moeplace.chains.instance import Instance
@@ -58,7 +59,8 @@ def _swapped(instance: Instance, state: Ints, layer: int) -> Ints | None:
         h = row[others]
         moved = load[mine][:, None] - load[others][None, :]
         left = np.maximum(0.0, busy[g] - moved - top) + np.maximum(0.0, busy[h][None, :] + moved - top)
-        removed = over[g] + over[h][None, :] - left
+        apart = _apart(instance.kind[layer], row, mine, others)
+        removed = np.where(apart, over[g] + over[h][None, :] - left, -np.inf)
         gain = near[h][:, mine].T + near[g, others][None, :] - near[g, mine][:, None] - near[h, others][None, :]
         cured = (left <= over[h][None, :]) & (removed > 0)
         score = np.where(cured, gain, -np.inf) if cured.any() else removed
@@ -69,6 +71,14 @@ def _swapped(instance: Instance, state: Ints, layer: int) -> Ints | None:
         busy[h[b]] += moved[a, b]
         row[mine[a]], row[others[b]] = h[b], g
     return None
+
+
+def _apart(kind: Ints, row: Ints, mine: Ints, others: Ints) -> npt.NDArray[np.bool_]:
+    """``[item of a GPU, item of another]`` whether a swap leaves copies of one expert on distinct GPUs."""
+    holds = np.zeros((int(kind.max()) + 1, int(row.max()) + 1), np.bool_)
+    holds[kind, row] = True
+    own: npt.NDArray[np.bool_] = holds[kind[mine]][:, row[others]]
+    return ~own & ~holds[kind[others], row[mine[0]]][None, :]
 
 
 def _renamed(instance: Instance, state: Ints, layer: int, row: Ints) -> Ints:

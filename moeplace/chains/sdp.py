@@ -5,7 +5,15 @@ the next. With the memberships ``x_l`` (expert × GPU), ``D_l = x_l x_lᵀ`` and
 ``[[D_l, X_l], [X_lᵀ, D_{l+1}]]`` is positive semidefinite. Entries lie within 0 and 1, the diagonal of ``D`` is 1, rows
 and columns add up to ``S``, and a row weighted with loads is the load of a GPU, at most its layer's cap:
 ``D_l w_l ≤ c_l``, ``X_l w_{l+1} ≤ c_{l+1}``, ``X_lᵀ w_l ≤ c_l``. Maximising ``Σ A_l·X_l`` over all that relaxes the
-placement problem with equally many slots on every GPU and no copies. Blocks of consecutive layers suffice: the pattern
+placement problem with equally many slots on every GPU and no copies.
+
+With copies ``x`` holds the share of an expert's tokens that a GPU serves: within 0 and 1, rows adding up to 1. Every
+condition above still holds, but the diagonal of ``D`` may be below 1. Empty slots, and slots of which a share is all
+that is used, are filled by experts of nothing, shared as needed: what a GPU has left is at most the number of spare
+slots, so their shares are within 0 and 1 too. Triangles hold because they are linear in each of their three experts'
+shares, whose extremes are single GPUs.
+
+Blocks of consecutive layers suffice: the pattern
 is chordal. :mod:`moeplace.chains.triangles` tightens it once it has nearly converged.
 
 It is solved by the alternating direction method of multipliers in single precision: matrices with the sums (closed
@@ -22,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from moeplace.chains.duals import symmetric_bound, transport_bound
+from moeplace.chains.duals import shared_bound, symmetric_bound, transport_bound
 from moeplace.chains.eigen import PositivePart, Singles, eigh, load_routine
 from moeplace.chains.triangles import Triangles
 from moeplace.frozen import Floats, Ints
@@ -48,9 +56,14 @@ class ChainSDP:
         GPUs; each has ``experts / num_gpus`` slots.
     threads
         Threads; they do not change the result.
+    once
+        Whether no expert has copies. Otherwise copies share tokens evenly, or as they like.
     """
 
-    def __init__(self, pairs: Ints, load: Ints, cap: Floats | None, num_gpus: int, *, threads: int = 1) -> None:
+    def __init__(
+        self, pairs: Ints, load: Ints, cap: Floats | None, num_gpus: int, *, threads: int = 1, once: bool = True
+    ) -> None:
+        self.once = once
         self.links, self.experts = pairs.shape[:2]
         self.slots = self.experts // num_gpus
         self.scale = self.links * self.experts / max(1.0, float(pairs.sum(dtype=np.float64)))
@@ -164,7 +177,8 @@ class ChainSDP:
     def _meet_box(self, layer: int) -> None:
         moved = self.within[layer] + self.within_dual[layer]
         clipped = np.clip(moved, 0.0, 1.0)
-        np.fill_diagonal(clipped, 1.0)
+        if self.once:
+            np.fill_diagonal(clipped, 1.0)
         self.box_within[layer], self.within_dual[layer] = clipped, moved - clipped
         self._meet_cap(0, layer, self.within[layer] @ self.weight[layer], self.top[layer])
         if layer < self.links:
@@ -203,7 +217,7 @@ class ChainSDP:
             half = 0.5 * np.outer(price, self.weight[layer])
             table = table - half - half.T
             value = float(price.sum() * self.top[layer])
-        return value + symmetric_bound(table, self.slots)
+        return value + (symmetric_bound if self.once else shared_bound)(table, self.slots)
 
 
 class _Maps:

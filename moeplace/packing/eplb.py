@@ -133,11 +133,28 @@ def pack(weight: Floats, room: Ints, kind: Ints | None) -> Packing:
     return Packing(pack_of=pack_of, order_in=order_in)
 
 
+def balance_counts(load: Floats, count: Ints, slots_per_gpu: Ints) -> Placement:
+    """EPLB's packing of ``count`` [layer, expert] copies each; they fit in the slots, at most one of a kind a GPU."""
+    layers, experts = load.shape
+    copies = np.full((layers, int(count.sum(axis=1).max())), -1, np.int64)
+    for layer, row in enumerate(count):
+        more = np.concatenate([np.arange(experts), np.repeat(np.arange(experts), row - 1)])
+        copies[layer, : len(more)] = more
+    slots = _packed(load / count, copies, slots_per_gpu, int(slots_per_gpu.max()))
+    return Placement(slots=slots, num_experts=experts)
+
+
 def _place(load: Floats, names: Ints, slots_per_gpu: Ints, width: int) -> Ints:
     """Replicate and pack: ``[layer, GPU, width]`` experts, called by their ``names`` [layer, expert]."""
-    layers = len(load)
     copies, count = replicate(load, int(slots_per_gpu.sum()), int((slots_per_gpu > 0).sum()))
-    per_copy = load / count
+    slots = _packed(load / count, copies, slots_per_gpu, width)
+    named = np.take_along_axis(names, np.maximum(slots, 0).reshape(len(load), -1), axis=1).reshape(slots.shape)
+    return np.where(slots == EMPTY, EMPTY, named)
+
+
+def _packed(per_copy: Floats, copies: Ints, slots_per_gpu: Ints, width: int) -> Ints:
+    """Pack ``copies`` [layer, item] of experts, -1 for none, each of load ``per_copy`` [layer, expert]."""
+    layers = len(per_copy)
     weight = np.where(copies < 0, -1.0, np.take_along_axis(per_copy, np.maximum(copies, 0), axis=1))
     packing = pack(weight, slots_per_gpu, np.maximum(copies, 0))
     slots = np.full((layers, len(slots_per_gpu), width), EMPTY, np.int64)
@@ -147,8 +164,7 @@ def _place(load: Floats, names: Ints, slots_per_gpu: Ints, width: int) -> Ints:
     for stuck in np.unique(np.nonzero((packing.pack_of < 0) & (copies >= 0))[0]):
         left = copies[stuck][(packing.pack_of[stuck] < 0) & (copies[stuck] >= 0)]
         _seat_left_over(slots[stuck], slots_per_gpu, left.tolist(), per_copy[stuck])
-    named = np.take_along_axis(names, np.maximum(slots, 0).reshape(layers, -1), axis=1).reshape(slots.shape)
-    return np.where(slots == EMPTY, EMPTY, named)
+    return slots
 
 
 def _seat_left_over(slots: Ints, room: Ints, left: list[int], per_copy: Floats) -> None:

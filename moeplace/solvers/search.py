@@ -5,22 +5,27 @@ pairs on different GPUs (or nodes), within a load cap for every layer; see :mod:
 bounds. Or it is the predicted time of a step: then pairs cost what their way costs on the topology, by level (GPU,
 node, leaf switch) or hop, experts weigh what they cost their GPU, and the cap on the busiest GPU is a choice: several
 are tried with little work, the best one with all of it. At last GPUs are renamed (:mod:`moeplace.ranks`).
-Experts are placed once: where slots are spare they stay empty, but experts may move into them. Where copies share
-tokens evenly the share of pairs that cross is linear in what each copy takes, so some copy of an expert can take it all
-at no more crossing: without a load cap, copies gain nothing here.
+Where copies share tokens evenly the share of pairs that cross is linear in what each copy takes, so some copy of an
+expert can take it all at no more crossing: without a load cap, copies gain nothing, every expert is placed once, and
+spare slots are room. Within a cap, or where the busiest GPU's work is paid for, copies let experts keep together that
+are too hot to otherwise: spare slots then hold what copies pay (:mod:`moeplace.cloning`), starting from the best
+placement without, so that the answer is never worse than that one. Bounds hold for all copies that slots allow.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from moeplace.bounds import cross_bound, load_floor, step_time_bound
-from moeplace.chains import Climb, Instance, Work
+from moeplace.chains import Climb, Work
+from moeplace.chains.clones import Chain
 from moeplace.chains.duals import exact_matching
 from moeplace.chains.sdp import ChainSDP, bounds
+from moeplace.cloning import Cloning, starts
 from moeplace.compute import ExpertCompute
 from moeplace.errors import InputError, ProblemError
 from moeplace.frozen import Floats, Ints
@@ -37,8 +42,10 @@ DESCRIPTION = "least traffic between GPUs at any size: annealed, recombined, wit
 USES_START = True
 BOUNDS = ("sdp", "matching")
 OPTIONS: Mapping[str, str] = {
-    "bound": "sdp (default: tight, takes most of the time at 256 experts) or matching (weak, in seconds)"
+    "bound": "sdp (default: tight, takes most of the time at 256 experts) or matching (weak, in seconds)",
+    "copies": "fill (default: copies in spare slots where a load cap or step time makes them pay) or none",
 }
+COPIES = ("fill", "none")
 QUICK = 0.03  # work of a first, short search
 SHARE_OF_TIME = 0.6  # of a time limit that the search may take
 KICKS = 100
@@ -47,6 +54,7 @@ MOST_STEPS, LEAST_STEPS, EVALUATIONS = 400, 10, 8
 STALLED = 2e-5  # of all pairs, between two evaluations; twice ends the bounding
 SLACKS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, math.inf)  # of the busiest GPU's work, above the balanced one's
 SCAN = 0.08  # work of the search under each
+COPIES_CAPS = (0.0, 0.2, 0.6, 1.0)  # of the work that copies can take off the busiest GPU, what a cap takes off
 TRIES = 300  # exchanges of ranks on direct networks
 
 
@@ -76,35 +84,60 @@ class _Run:
 
     def __init__(self, problem: Problem, limits: Limits, report: Report) -> None:
         self.problem, self.limits, self.report = problem, limits, report
-        self.clock = Clock(limits)
+        self.clock, self.notes = Clock(limits), list[str]()
         stats = problem.stats
         if stats.transition is None:
             raise ProblemError("the trace holds only counts", rule="traffic between layers needs tokens")
         self.pairs = stats.transition
         self.total = max(1, int(self.pairs.sum()))
         self.timed = problem.objective == STEP_TIME
-        self.load = (
-            _work(problem, self.pairs) if self.timed and problem.load_cap is None else stats.load.astype(np.float64)
-        )
+        once = np.ones((problem.num_layers, problem.num_experts), np.int64)
+        self.load = self._weigh(once)
         mean = self.load.sum(axis=1) / problem.num_gpus
         self.cap = np.full(problem.num_layers, np.inf) if problem.load_cap is None else problem.load_cap * mean
-        self.instance = self._instance(self.cap)
-        self.notes: list[str] = []
+        self.chain = Chain(
+            pairs=self.pairs,
+            weigh=self._weigh,
+            cap=self.cap,
+            slots_per_gpu=problem.slots_per_gpu,
+            cost=_ways(problem),
+        )
+        self.alone = np.full((problem.num_layers, problem.num_slots), EMPTY, np.int64)
+        self.alone[:, : problem.num_experts] = np.arange(problem.num_experts)
+        self.instance = self.chain.instance(self.alone)
+        self.copying = self._copies_may_pay()
+        self.limit_s = limits.time_limit_s * (1.0 if self.timed else SHARE_OF_TIME) * (0.5 if self.copying else 1.0)
 
-    def _instance(self, cap: Floats) -> Instance:
-        problem, cost = self.problem, None
-        if self.timed:
-            cost = 1 / problem.topology.pair_bandwidth_gb_per_s()
-        elif problem.copies_level == NODE:
-            node = problem.topology.node_of_gpu()
-            cost = (node[:, None] != node[None, :]).astype(np.float64)
-        return Instance.of(self.pairs, self.load, cap, problem.num_gpus, slots=problem.num_slots, cost=cost)
+    def _weigh(self, count: Ints) -> Floats:
+        """``[layer, expert]`` load of one copy of each expert: tokens, or what it costs its GPU in µs."""
+        problem = self.problem
+        if self.timed and problem.load_cap is None:
+            return _work(problem, self.pairs, count)
+        load: Floats = problem.stats.load / count
+        return load
+
+    def _copies_may_pay(self) -> bool:
+        """Whether copies are tried: slots are spare, copies share evenly, and load has a cap or a price."""
+        problem, wanted = self.problem, self.limits.options.get("copies", COPIES[0])
+        if wanted not in COPIES:
+            raise InputError(f"copies {wanted!r}", rule=f"one of {', '.join(COPIES)}")
+        priced = self.timed or problem.load_cap is not None
+        if wanted == "none" or not priced or problem.num_slots == problem.num_experts or problem.num_gpus < 2:
+            return False
+        if not problem.shares_evenly:
+            self.notes.append(f"experts are placed once: copies would have to share evenly, not {problem.routing}")
+        return problem.shares_evenly
 
     def solve(self, kind: str) -> Solution:
         start = self._start()
-        if self.instance.excess(start).any():
+        best: Placement | None = None
+        if not self.instance.excess(start).any():
+            best = self._sweep(start) if self.timed else self._placement(self._climb(start))
+        if self.copying:
+            self.limit_s *= 2
+            best = self._copied(best)
+        if best is None:
             return self._nothing(start)
-        best = self._sweep(start) if self.timed else self._placement(self._climb(start))
         tries = max(1, round(TRIES * self.limits.work))
         placement = rename_gpus(self.problem, best, seed=self.limits.seed, tries=tries, stop=lambda: self.clock.over)
         value = objective_value(self.problem, placement)
@@ -127,21 +160,67 @@ class _Run:
 
     def _sweep(self, start: Ints) -> Placement:
         """Search under several caps on the busiest GPU's work, then on under the best; return the least step time."""
-        balanced = self.instance.gpu_load(start).max(axis=1)
-        best, state, kept = self._placement(start), start, 0.0
-        value, given = objective_value(self.problem, best), self._given()
-        for slack in SLACKS:
-            if self.clock.over:
-                break
-            self.instance = self._instance(np.minimum(self.cap, balanced * (1 + slack)))
-            state = self._climb(state, (SCAN,))
-            placement = self._placement(state)
-            if (now := objective_value(self.problem, placement)) < value:
-                best, value, kept = placement, now, slack
-        self.instance = self._instance(np.minimum(self.cap, balanced * (1 + kept)))
+        given = self._given()
+        best, cap = self._scan(self._placement(start), SLACKS, SCAN)
+        self.instance = replace(self.chain, cap=cap).instance(self.alone)
         last = self._placement(self._climb(self._state(best), (1.0,)))
         options = [last, best] if given is None else [last, best, self._placement(given)]
         return min(options, key=lambda placement: objective_value(self.problem, placement))
+
+    def _scan(self, start: Placement, slacks: Sequence[float], work: float) -> tuple[Placement, Floats]:
+        """Search from a balanced placement under caps more and more slack; the least step time, and under which cap."""
+        balanced = self.chain.gpu_load(start).max(axis=1)
+        expert, state = self.chain.items(start)
+        best, kept, value = start, balanced, objective_value(self.problem, start)
+        for slack in slacks:
+            if self.clock.over:
+                break
+            cap = np.minimum(self.cap, balanced * (1 + slack))
+            self.instance = replace(self.chain, cap=cap).instance(expert)
+            state = self._climb(state, (work,), expert)
+            placement = self.chain.placement(expert, state)
+            if (now := objective_value(self.problem, placement)) < value:
+                best, value, kept = placement, now, cap
+        return best, np.minimum(self.cap, kept)
+
+    def _copied(self, best: Placement | None) -> Placement | None:
+        """Return the best placement with copies, or the given one without where that is not better."""
+        problem, limits = self.problem, self.limits
+        found = [] if best is None else [best]
+        given = self._start_that_fits()
+        first = [] if given is None else [given]
+        caps = [self.cap]
+        if self.timed and best is not None:
+            first.append(self._evenest())
+            found += [one for one in first if self.chain.keeps_cap(one).all()]
+            busiest, reach = (self.chain.gpu_load(one).max(axis=1) for one in (best, first[-1]))
+            above = np.maximum(0.0, busiest - reach)
+            caps = [np.minimum(self.cap, busiest - above * share) for share in COPIES_CAPS]
+        for i, cap in enumerate(caps):
+            chain = replace(self.chain, cap=cap)
+            kicks = KICKS if problem.load_cap is not None else 0  # µs are not shared as tokens are
+            options = starts(chain, self.load, cap, kicks=kicks, seed=limits.seed, stop=lambda: self.clock.over)
+            options += first
+            if self.timed and best is not None:
+                options = [chain.patched(option, best) for option in options]
+            watch = self._watch(self.limit_s * (0.5 + 0.5 * (i + 1) / len(caps)))
+            told = found.append if self.timed else lambda _: None
+
+            def improved(source: str, placement: Placement, told: Callable[[Placement], None] = told) -> None:
+                told(placement)
+                self._told(source, placement)
+
+            cloning = Cloning(chain, seed=limits.seed, threads=limits.threads, watch=watch, improved=improved)
+            if (last := cloning.run(best, options, limits.work / len(caps))) is not None:
+                found.append(last)
+        return min(found, key=lambda placement: objective_value(problem, placement), default=None)
+
+    def _evenest(self) -> Placement:
+        """Return a placement whose copies fill all slots and balance tokens as far as that goes."""
+        problem, load = self.problem, self.problem.stats.load.astype(np.float64)
+        floor, slots = load_floor(problem) * load.sum(axis=1) / problem.num_gpus, problem.slots_per_gpu
+        start, seed = balance_global(load, slots), self.limits.seed
+        return pack_layers(load, start, slots, floor=floor, kicks=KICKS, seed=seed, stop=lambda: self.clock.over)
 
     def _start(self) -> Ints:
         """Return the state to start from: the start that was given, EPLB's or a better balanced one, within the cap."""
@@ -162,42 +241,36 @@ class _Run:
 
     def _given(self) -> Ints | None:
         """Return the start that was given, where it has no copies and keeps the cap."""
-        given = self.problem.start
-        if given is None or (given.replicas() != 1).any() or given.duplicates():
+        given = self._start_that_fits()
+        if given is None or (given.replicas() != 1).any():
             return None
         state = self._state(given)
         return None if self.instance.excess(state).any() else state
 
+    def _start_that_fits(self) -> Placement | None:
+        """Return the start that was given, its slots as many as the problem's; None where it breaks their rules."""
+        given = self.problem.start
+        if given is None or given.duplicates() or (given.used_slots() > self.problem.slots_per_gpu).any():
+            return None
+        return self.chain.placement(*self.chain.items(given))
+
     def _state(self, placement: Placement) -> Ints:
         """``[layer, slot]`` GPUs of the experts, and of one expert of nothing for each empty slot."""
-        problem = self.problem
-        gpu = np.zeros((problem.num_layers, problem.num_slots), np.int64)
-        spare = np.arange(problem.num_experts, problem.num_slots)
-        for layer, slots in enumerate(placement.slots):
-            where, _ = np.nonzero(slots != EMPTY)
-            gpu[layer, slots[slots != EMPTY]] = where
-            empty = problem.slots_per_gpu - np.bincount(where, minlength=problem.num_gpus)
-            gpu[layer, spare] = np.repeat(np.arange(problem.num_gpus), empty)
-        return gpu
+        return self.chain.items(placement)[1]
 
     def _placement(self, state: Ints) -> Placement:
-        problem = self.problem
-        slots = np.full((problem.num_layers, problem.num_gpus, problem.max_slots), EMPTY, np.int64)
-        for layer, row in enumerate(state[:, : problem.num_experts]):
-            for gpu in range(problem.num_gpus):
-                held = np.flatnonzero(row == gpu)
-                slots[layer, gpu, : len(held)] = held
-        return Placement(slots=slots, num_experts=problem.num_experts)
+        return self.chain.placement(self.alone, state)
 
-    def _climb(self, start: Ints, scales: tuple[float, ...] = (QUICK, 1.0)) -> Ints:
+    def _climb(self, start: Ints, scales: tuple[float, ...] = (QUICK, 1.0), expert: Ints | None = None) -> Ints:
         """Search briefly, so that a run that is cut has something, then with all the work."""
-        best, limit = start, self.limits.time_limit_s * (1.0 if self.timed else SHARE_OF_TIME)
+        best, limit = start, self.limit_s
+        items = self.alone if expert is None else expert
         for scale in scales:
             work = Work.of(self.instance, scale * self.limits.work)
             climb = Climb(
                 self.instance, best, seed=self.limits.seed, threads=self.limits.threads, watch=self._watch(limit)
             )
-            best = climb.run(work, self._improved)
+            best = climb.run(work, lambda source, state: self._told(source, self.chain.placement(items, state)))
             if climb.taken_back:
                 many = f"{climb.taken_back} layers of annealed states could not be brought within the load cap by swaps"
                 self.notes.append(f"{many}: they are the start's, and the best states may do without them")
@@ -213,8 +286,8 @@ class _Run:
 
         return watch
 
-    def _improved(self, source: str, state: Ints) -> None:
-        problem, placement = self.problem, self._placement(state)
+    def _told(self, source: str, placement: Placement) -> None:
+        problem = self.problem
         load = float(max_over_mean(placement, problem.stats.load).mean())
         value = objective_value(problem, placement)
         self.report.improved(f"search, {source}", value, unit=UNITS[problem.objective], figures={"load max/mean": load})
@@ -241,16 +314,21 @@ class _Run:
         if kind == "matching":
             kept = int(exact_matching(self.pairs, slots).sum())
             return max(best, 1 - kept / self.total)
-        if not problem.divides_evenly:
-            self.notes.append("uneven or spare slots: the bound is that of matchings, without the load cap")
+        if (problem.slots_per_gpu != problem.max_slots).any():
+            self.notes.append("GPUs have unlike slots: the bound is that of matchings, without the load cap")
             return best
-        size = 2 * problem.num_experts
+        size = 2 * problem.num_slots
         wanted = int(self.limits.work * SDP_WORK / ((problem.num_layers - 1) * size**3 * parts))
         steps = min(MOST_STEPS, max(LEAST_STEPS, wanted))
         cap = None
         if problem.load_cap is not None:
             cap = problem.load_cap * self.problem.stats.load.sum(axis=1) / groups
-        sdp = ChainSDP(self.pairs, problem.stats.load, cap, groups, threads=self.limits.threads)
+        spare = problem.num_slots - problem.num_experts
+        pairs = np.pad(self.pairs, ((0, 0), (0, spare), (0, spare)))
+        load = np.pad(problem.stats.load, ((0, 0), (0, spare)))
+        # without a cap no copies cross less than experts placed once
+        once = spare == 0 or cap is None
+        sdp = ChainSDP(pairs, load, cap, groups, threads=self.limits.threads, once=once)
         before, stalled = best, 0
         for taken, most in bounds(sdp, steps, max(5, steps // EVALUATIONS), lambda: self.clock.over):
             best = max(best, 1 - most / self.total)
@@ -290,21 +368,33 @@ class _Run:
         return ratio
 
 
-def _work(problem: Problem, pairs: Ints) -> Floats:
-    """``[layer, expert]`` µs an expert costs its GPU in the mean step: computing it, and moving its tokens.
+def _ways(problem: Problem) -> Floats | None:
+    """``[GPU, next GPU]`` what a pair costs by its way; None where all ways between GPUs cost the same."""
+    if problem.objective == STEP_TIME:
+        ways: Floats = 1 / problem.topology.pair_bandwidth_gb_per_s()
+        return ways
+    if problem.copies_level != NODE:
+        return None
+    node = problem.topology.node_of_gpu()
+    return (node[:, None] != node[None, :]).astype(np.float64)
 
-    A GPU's compute is the larger of reading weights and arithmetic; in each layer that of all experts together decides
-    which one is meant. Tokens that come and go are moved at the mean cost of a way, as if experts were anywhere.
+
+def _work(problem: Problem, pairs: Ints, count: Ints) -> Floats:
+    """``[layer, expert]`` µs a copy costs its GPU in the mean step: computing its rows, and moving its tokens.
+
+    A GPU's compute is the larger of reading weights and arithmetic; in each layer that of all experts placed once
+    decides which one is meant. Tokens that come and go are moved at the mean cost of a way, as if experts were
+    anywhere.
     """
     model, topology = problem.model, problem.topology
     compute = ExpertCompute.of(model, topology.accelerator, problem.law.phase)
-    ones = np.ones((problem.num_layers, problem.num_experts), np.int64)
-    memory, arithmetic = copy_costs(problem, ones, compute)
+    memory, arithmetic = copy_costs(problem, np.ones_like(count), compute)
     heavier = memory.sum(axis=1, keepdims=True) >= arithmetic.sum(axis=1, keepdims=True)
-    moved = np.zeros(ones.shape)
+    memory, arithmetic = copy_costs(problem, count, compute)
+    moved = np.zeros(count.shape)
     moved[:-1] += pairs.sum(axis=2)
     moved[1:] += pairs.sum(axis=1)
     us_of_pair = 1e-3 * model.bytes_per_copy_dispatch * float((1 / topology.pair_bandwidth_gb_per_s()).mean())
     share = problem.law.step_tokens / problem.stats.num_tokens / 2  # what comes and what goes overlap
-    work: Floats = np.where(heavier, memory, arithmetic) + moved * share * us_of_pair
+    work: Floats = np.where(heavier, memory, arithmetic) + moved / count * share * us_of_pair
     return work
