@@ -19,7 +19,7 @@ import numpy as np
 
 from moeplace.chains.anneal import LOG_LEVELS
 from moeplace.counting import compile_kernel
-from moeplace.frozen import Ints
+from moeplace.frozen import Floats, Ints
 from moeplace.hypergraph import serving
 from moeplace.hypergraph.anneal import SEED_STEP, Schedule
 from moeplace.hypergraph.patterns import Patterns
@@ -52,11 +52,13 @@ class CopyAnnealer:
         The layer's token patterns.
     room
         ``[GPU]`` slots of each.
+    load
+        ``[expert]`` loads; default: those of the patterns, which a sample has only nearly.
     """
 
-    def __init__(self, patterns: Patterns, room: Ints) -> None:
+    def __init__(self, patterns: Patterns, room: Ints, load: Floats | None = None) -> None:
         self.patterns, self.room = patterns, np.asarray(room)
-        self.tokens = Incidence.of_patterns(patterns)
+        self.tokens = Incidence.of_patterns(patterns, load)
 
     def copies(self, slots: Ints) -> int:
         """Sum over tokens of the GPUs each visits, for ``slots`` [GPU, slot]."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moeplace.frozen import Ints
+from moeplace.frozen import Floats, Ints
 from moeplace.hypergraph.patterns import Patterns
 
 WORD = 62
@@ -27,14 +27,16 @@ GOOD, COMMON, OPEN, NEXT, AT, FIRST_REST, SECOND_REST, TAKEN = range(8)  # rows 
 class Incidence(NamedTuple):
     """The patterns of a layer as the loops read them; a *place* is one expert of one pattern, ordered by expert.
 
-    ``experts`` [pattern, k], ``weight`` [pattern] tokens, ``load`` [expert] tokens; ``of`` [place] pattern, ``first``
-    [expert + 1] first place, ``at`` [pattern, k] place; ``pairs`` [pair, 2] places of two experts of one pattern, those
-    of experts ``a < b`` from ``first_pair[a · experts + b]`` on.
+    ``experts`` [pattern, k], ``weight`` [pattern] tokens, ``load`` [expert] tokens and ``scale`` [expert] by which the
+    tokens of patterns count towards it (1 but for samples, whose loads are those of all tokens); ``of`` [place]
+    pattern, ``first`` [expert + 1] first place, ``at`` [pattern, k] place; ``pairs`` [pair, 2] places of two experts of
+    one pattern, those of experts ``a < b`` from ``first_pair[a · experts + b]`` on.
     """
 
     experts: Any
     weight: Any
     load: Any
+    scale: Any
     of: Any
     first: Any
     at: Any
@@ -42,9 +44,14 @@ class Incidence(NamedTuple):
     first_pair: Any
 
     @classmethod
-    def of_patterns(cls, patterns: Patterns) -> Incidence:
-        """Index the patterns. Complexity: O(patterns · k² · log) time, O(patterns · k² + experts²) memory."""
+    def of_patterns(cls, patterns: Patterns, load: Floats | None = None) -> Incidence:
+        """Index the patterns, with ``load`` [expert] where theirs is that of a sample.
+
+        Complexity: O(patterns · k² · log) time, O(patterns · k² + experts²) memory.
+        """
         number, top_k = patterns.num_experts, patterns.top_k
+        chosen = patterns.load.astype(np.float64)
+        known = chosen if load is None else np.asarray(load, np.float64)
         flat = patterns.experts.ravel()
         order = np.argsort(flat, kind="stable")
         at = np.argsort(order, kind="stable").reshape(patterns.experts.shape)
@@ -55,7 +62,8 @@ class Incidence(NamedTuple):
         return cls(
             experts=patterns.experts.astype(np.int32),
             weight=patterns.weight.astype(np.int64),
-            load=patterns.load.astype(np.int64),
+            load=known,
+            scale=known / np.maximum(chosen, 1),
             of=(order // top_k).astype(np.int32),
             first=np.searchsorted(flat[order], np.arange(number + 1)).astype(np.int64),
             at=at.astype(np.int32),
@@ -234,7 +242,17 @@ def following(mask: Any, e: Any, gpu: int) -> int:
 
 
 def share(
-    experts: Any, weight: Any, mask: Any, number: Any, host: Any, seen: Any, work: Any, p: Any, sign: float, busy: Any
+    experts: Any,
+    weight: Any,
+    scale: Any,
+    mask: Any,
+    number: Any,
+    host: Any,
+    seen: Any,
+    work: Any,
+    p: Any,
+    sign: float,
+    busy: Any,
 ) -> None:
     """Add (or take away) the loads of a pattern's tokens for experts with several copies.
 
@@ -263,15 +281,15 @@ def share(
             work[OPEN, left] = e
             left += 1
             continue
-        part = sign * weight[p] / among
+        part = sign * weight[p] * scale[e] / among
         for c in range(number[e]):
             if seen[host[e, c]] == seen[-1]:
                 busy[host[e, c]] += part
     if left:
-        share_open(mask, number, host, work, left, sign * weight[p], busy)
+        share_open(scale, mask, number, host, work, left, sign * weight[p], busy)
 
 
-def share_open(mask: Any, number: Any, host: Any, work: Any, left: int, amount: float, busy: Any) -> None:
+def share_open(scale: Any, mask: Any, number: Any, host: Any, work: Any, left: int, amount: float, busy: Any) -> None:
     """Share tokens of the open experts among the GPUs that hold all of them, or else those that hold each."""
     first, together = work[OPEN, 0], 0
     for c in range(number[first] if left > 1 else 0):
@@ -285,10 +303,10 @@ def share_open(mask: Any, number: Any, host: Any, work: Any, left: int, amount: 
         e = work[OPEN, i]
         if together:
             for c in range(together):
-                busy[work[COMMON, c]] += amount / together
+                busy[work[COMMON, c]] += amount * scale[e] / together
         else:
             for c in range(number[e]):
-                busy[host[e, c]] += amount / number[e]
+                busy[host[e, c]] += amount * scale[e] / number[e]
 
 
 def holds(mask: Any, e: Any, gpu: Any) -> bool:
@@ -314,19 +332,19 @@ def toggle(mask: Any, number: Any, host: Any, e: Any, off: Any, on: Any) -> None
 
 def change_load(tokens: Any, serving: Any, a: Any, b: Any, sign: float, busy: Any) -> None:
     """Add (or take away) what follows from two experts' copies: their own loads, and those of their patterns."""
-    experts, weight, of, first = tokens.experts, tokens.weight, tokens.of, tokens.first
+    experts, weight, scale, of, first = tokens.experts, tokens.weight, tokens.scale, tokens.of, tokens.first
     mask, number, host, seen, work = serving.mask, serving.number, serving.host, serving.seen, serving.work
     if number[a] == 1:
         busy[host[a, 0]] += sign * tokens.load[a]
     for place in range(first[a], first[a + 1]):
-        share(experts, weight, mask, number, host, seen, work, of[place], sign, busy)
+        share(experts, weight, scale, mask, number, host, seen, work, of[place], sign, busy)
     if b < 0:
         return
     if number[b] == 1:
         busy[host[b, 0]] += sign * tokens.load[b]
     for place in range(first[b], first[b + 1]):
         if not chose(experts, of[place], a):
-            share(experts, weight, mask, number, host, seen, work, of[place], sign, busy)
+            share(experts, weight, scale, mask, number, host, seen, work, of[place], sign, busy)
 
 
 def change_ways(tokens: Any, serving: Any, a: Any, b: Any) -> None:
@@ -357,8 +375,8 @@ def loads(tokens: Any, serving: Any, busy: Any) -> None:
             busy[serving.host[e, 0]] += tokens.load[e]
     for p in range(len(tokens.weight)):
         share(
-            tokens.experts, tokens.weight, serving.mask, serving.number, serving.host, serving.seen, serving.work, p,
-            1.0, busy,
+            tokens.experts, tokens.weight, tokens.scale, serving.mask, serving.number, serving.host, serving.seen,
+            serving.work, p, 1.0, busy,
         )  # fmt: skip
 
 

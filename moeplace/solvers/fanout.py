@@ -168,8 +168,9 @@ class _Run:
         few = thinned(patterns, seed, CHOICES)
         hot = Schedule(turns=HOT_TURNS, swaps=swaps, hot=HOT, cold=WARM, first_price=FIRST_PRICE, last_price=MID_PRICE)
         cool = Schedule(turns=COOL_TURNS, swaps=swaps, hot=COOL, cold=COLD, first_price=MID_PRICE)
-        sample = CopyAnnealer(few, annealer.room)
-        state = sample.run(start, cap * few.tokens / patterns.tokens, hot, seed, stop=self._over)
+        share = few.tokens / patterns.tokens
+        sample = CopyAnnealer(few, annealer.room, patterns.load.astype(np.float64) * share)
+        state = sample.run(start, cap * share, hot, seed, stop=self._over)
         return annealer.run(state, cap, cool, seed, stop=self._over)
 
     def _over(self) -> bool:
