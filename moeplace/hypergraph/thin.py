@@ -15,18 +15,21 @@ CHOICES = 240  # of each expert, on average, in the sample
 WORTH = 3  # times the sample's tokens that distinct patterns must number
 
 
-def worth_thinning(patterns: Patterns) -> bool:
+def worth_thinning(patterns: Patterns, choices: int = CHOICES) -> bool:
     """Whether a sample leaves out enough tokens to be worth its error."""
-    return len(patterns.weight) >= WORTH * _sampled(patterns)
+    return len(patterns.weight) >= WORTH * _sampled(patterns, choices)
 
 
-def thinned(patterns: Patterns, seed: int) -> Patterns:
-    """Return the patterns of tokens drawn at random without replacement. Complexity: O(patterns)."""
-    tokens = min(_sampled(patterns), patterns.tokens)
+def thinned(patterns: Patterns, seed: int, choices: int = CHOICES) -> Patterns:
+    """Return the patterns of tokens drawn at random without replacement, each expert chosen by ``choices`` on average.
+
+    Complexity: O(patterns).
+    """
+    tokens = min(_sampled(patterns, choices), patterns.tokens)
     drawn = np.random.default_rng(seed).multivariate_hypergeometric(patterns.weight, tokens, method="marginals")
     kept = np.flatnonzero(drawn)
     return Patterns(experts=patterns.experts[kept], weight=drawn[kept], num_experts=patterns.num_experts)
 
 
-def _sampled(patterns: Patterns) -> int:
-    return max(1, CHOICES * patterns.num_experts // patterns.top_k)
+def _sampled(patterns: Patterns, choices: int) -> int:
+    return max(1, choices * patterns.num_experts // patterns.top_k)

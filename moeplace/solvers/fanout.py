@@ -20,7 +20,8 @@ from moeplace.fanout import expected_shares, learn_weights
 from moeplace.frozen import Floats, Ints
 from moeplace.hypergraph import Patterns
 from moeplace.hypergraph.anneal import Annealer, Schedule
-from moeplace.hypergraph.replicas import MOST_GPUS, CopyAnnealer
+from moeplace.hypergraph.replicas import CopyAnnealer
+from moeplace.hypergraph.thin import thinned, worth_thinning
 from moeplace.objective import UNITS, objective_value
 from moeplace.packing import pack_layers
 from moeplace.packing.eplb import balance_global, slots_without_copies
@@ -32,10 +33,14 @@ from moeplace.solution import Clock, Limits, Report, Solution, Status, StopReaso
 DESCRIPTION = "replicas where tokens already go: the fewest GPUs per token with --routing fewest-gpus, within load caps"
 USES_START = True
 ROUTINGS = (FEWEST,)
-OPTIONS: Mapping[str, str] = {"runs": "annealing runs of each layer (default: 3, times --work)"}
-RUNS = 3
-TURNS = 60
+OPTIONS: Mapping[str, str] = {"runs": "annealing runs of each layer (default: 6, times --work)"}
+RUNS = 6
+TURNS = 60  # of a run on all tokens
 PROPOSALS = 45  # of each slot, at each temperature
+CHOICES = 120  # of each expert in the sample that runs are annealed on while they are hot
+HOT, WARM, COOL, COLD = 0.6, 0.06, 0.08, 0.01  # temperatures, in spreads of a random exchange
+FIRST_PRICE, MID_PRICE = 0.05, 2.0  # of load above the cap, as in Schedule
+HOT_TURNS, COOL_TURNS = 60, 20  # of a run on a sample and then on all
 MARGINS = (1.0, 1.01, 0.99, 1.005, 0.98, 1.02)  # of the cap, run by run
 MET = 1e-9
 
@@ -62,7 +67,7 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
     ------
     ProblemError
         The objective or the routing is another one, slots are counted over the whole model, the trace holds only
-        counts, or there are more GPUs than bits of a word.
+        counts.
     """
     if problem.objective != COPIES or problem.copies_level != GPU or problem.whole_model:
         what = f"objective {problem.objective} of {problem.copies_level}s"
@@ -74,8 +79,6 @@ def solve(problem: Problem, limits: Limits, report: Report) -> Solution:
             rule="fanout places replicas for tokens that visit the fewest GPUs",
             hint=f"--routing {FEWEST}",
         )
-    if problem.num_gpus > MOST_GPUS:
-        raise ProblemError(f"{problem.num_gpus} GPUs", rule=f"fanout takes at most {MOST_GPUS}")
     return _Run(problem, limits, report).solve()
 
 
@@ -143,7 +146,6 @@ class _Run:
             best, start = offered, given
         # patterns are of a sample: their loads are that share of the trace's
         scale = patterns.tokens * patterns.top_k / max(1.0, float(self.load[layer].sum()))
-        schedule = Schedule(turns=TURNS, swaps=PROPOSALS * self.problem.num_slots, hot=0.6, cold=0.01, first_price=0.1)
         for run in range(self.runs):
             if self.clock.over:
                 break
@@ -151,11 +153,28 @@ class _Run:
                 self.cap[layer] * scale * MARGINS[run % len(MARGINS)],
                 self.limits.seed * 1009 + layer + 97 * run,
             )
-            slots = annealer.run(start, cap, schedule, seed, stop=lambda: self.clock.over)
+            slots = self._annealed(annealer, start, cap, seed)
             offered = self._judged(layer, slots, annealer)
             if offered.beats(best):
                 best = offered
         return best
+
+    def _annealed(self, annealer: CopyAnnealer, start: Ints, cap: float, seed: int) -> Ints:
+        """A run: on a sample of the tokens while it is hot, then on all of them."""
+        swaps, patterns = PROPOSALS * self.problem.num_slots, annealer.patterns
+        if not worth_thinning(patterns, CHOICES):
+            whole = Schedule(turns=TURNS, swaps=swaps, hot=HOT, cold=COLD, first_price=FIRST_PRICE)
+            return annealer.run(start, cap, whole, seed, stop=self._over)
+        few = thinned(patterns, seed, CHOICES)
+        hot = Schedule(turns=HOT_TURNS, swaps=swaps, hot=HOT, cold=WARM, first_price=FIRST_PRICE, last_price=MID_PRICE)
+        cool = Schedule(turns=COOL_TURNS, swaps=swaps, hot=COOL, cold=COLD, first_price=MID_PRICE)
+        share = few.tokens / patterns.tokens
+        sample = CopyAnnealer(few, annealer.room, patterns.load.astype(np.float64) * share)
+        state = sample.run(start, cap * share, hot, seed, stop=self._over)
+        return annealer.run(state, cap, cool, seed, stop=self._over)
+
+    def _over(self) -> bool:
+        return self.clock.over
 
     def _start(self, layer: int, patterns: Patterns) -> Ints:
         """``[GPU, slot]`` a layer without replicas: few copies, within the cap."""
@@ -163,7 +182,7 @@ class _Run:
         if not self.clock.over:
             annealer = Annealer(patterns, self.load[layer], self.cap[layer] * (1 + MET), problem.num_gpus)
             schedule = Schedule(turns=TURNS, swaps=64 * problem.num_experts)
-            group, _ = annealer.run(group, schedule, self.limits.seed, stop=lambda: self.clock.over)
+            group, _ = annealer.run(group, schedule, self.limits.seed, stop=self._over)
         slots = np.full((problem.num_gpus, problem.max_slots), EMPTY, np.int64)
         for gpu in range(problem.num_gpus):
             held = np.flatnonzero(group == gpu)
