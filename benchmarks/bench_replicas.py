@@ -99,7 +99,7 @@ bare = problem(load_cap=without)
 plain = solve(bare, "setpart", Limits(threads=2, options={"mode": "fast"}))
 copied = problem(load_cap=cap, redundant=bare.num_experts // 8, routing=FEWEST)
 started = time.perf_counter()
-answer = solve(copied, "fanout", Limits(threads=2, time_limit_s=1200, options={"runs": "2"}))
+answer = solve(copied, "fanout", Limits(threads=2, time_limit_s=1200))
 seconds = time.perf_counter() - started
 def told(placement, router):
     sample = held_out.sample

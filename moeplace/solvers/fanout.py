@@ -9,6 +9,7 @@ them is taken. The objective is the evaluator's own under the same routing: noth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,12 +36,13 @@ USES_START = True
 ROUTINGS = (FEWEST,)
 OPTIONS: Mapping[str, str] = {"runs": "annealing runs of each layer (default: 6, times --work)"}
 RUNS = 6
-TURNS = 60  # of a run on all tokens
 PROPOSALS = 45  # of each slot, at each temperature
 CHOICES = 120  # of each expert in the sample that runs are annealed on while they are hot
 HOT, WARM, COOL, COLD = 0.6, 0.06, 0.08, 0.01  # temperatures, in spreads of a random exchange
 FIRST_PRICE, MID_PRICE = 0.05, 2.0  # of load above the cap, as in Schedule
 HOT_TURNS, COOL_TURNS = 60, 20  # of a run on a sample and then on all
+COOLED = 0.34  # of the runs, the best go on
+START_TURNS = 60  # of the start without copies
 MARGINS = (1.0, 1.01, 0.99, 1.005, 0.98, 1.02)  # of the cap, run by run
 MET = 1e-9
 
@@ -146,31 +148,33 @@ class _Run:
             best, start = offered, given
         # patterns are of a sample: their loads are that share of the trace's
         scale = patterns.tokens * patterns.top_k / max(1.0, float(self.load[layer].sum()))
-        for run in range(self.runs):
+        cap, seed = self.cap[layer] * scale, self.limits.seed * 1009 + layer
+        warm = [self._hot(annealer, start, cap, seed + 97 * run) for run in range(self.runs) if not self.clock.over]
+        warm = sorted(warm, key=annealer.copies)[: max(1, math.ceil(self.runs * COOLED))]
+        for run, state in enumerate(warm):
             if self.clock.over:
                 break
-            cap, seed = (
-                self.cap[layer] * scale * MARGINS[run % len(MARGINS)],
-                self.limits.seed * 1009 + layer + 97 * run,
-            )
-            slots = self._annealed(annealer, start, cap, seed)
+            slots = self._cooled(annealer, state, cap * MARGINS[run % len(MARGINS)], seed + 97 * run)
             offered = self._judged(layer, slots, annealer)
             if offered.beats(best):
                 best = offered
         return best
 
-    def _annealed(self, annealer: CopyAnnealer, start: Ints, cap: float, seed: int) -> Ints:
-        """A run: on a sample of the tokens while it is hot, then on all of them."""
+    def _hot(self, annealer: CopyAnnealer, start: Ints, cap: float, seed: int) -> Ints:
+        """A state annealed while it is hot, on a sample of the tokens where these are many."""
         swaps, patterns = PROPOSALS * self.problem.num_slots, annealer.patterns
-        if not worth_thinning(patterns, CHOICES):
-            whole = Schedule(turns=TURNS, swaps=swaps, hot=HOT, cold=COLD, first_price=FIRST_PRICE)
-            return annealer.run(start, cap, whole, seed, stop=self._over)
-        few = thinned(patterns, seed, CHOICES)
         hot = Schedule(turns=HOT_TURNS, swaps=swaps, hot=HOT, cold=WARM, first_price=FIRST_PRICE, last_price=MID_PRICE)
-        cool = Schedule(turns=COOL_TURNS, swaps=swaps, hot=COOL, cold=COLD, first_price=MID_PRICE)
+        if not worth_thinning(patterns, CHOICES):
+            return annealer.run(start, cap, hot, seed, stop=self._over)
+        few = thinned(patterns, seed, CHOICES)
         share = few.tokens / patterns.tokens
         sample = CopyAnnealer(few, annealer.room, patterns.load.astype(np.float64) * share)
-        state = sample.run(start, cap * share, hot, seed, stop=self._over)
+        return sample.run(start, cap * share, hot, seed, stop=self._over)
+
+    def _cooled(self, annealer: CopyAnnealer, state: Ints, cap: float, seed: int) -> Ints:
+        """A state annealed from there on all tokens."""
+        swaps = PROPOSALS * self.problem.num_slots
+        cool = Schedule(turns=COOL_TURNS, swaps=swaps, hot=COOL, cold=COLD, first_price=MID_PRICE)
         return annealer.run(state, cap, cool, seed, stop=self._over)
 
     def _over(self) -> bool:
@@ -181,7 +185,7 @@ class _Run:
         problem, group = self.problem, self.balanced.copies()[layer].argmax(axis=0)
         if not self.clock.over:
             annealer = Annealer(patterns, self.load[layer], self.cap[layer] * (1 + MET), problem.num_gpus)
-            schedule = Schedule(turns=TURNS, swaps=64 * problem.num_experts)
+            schedule = Schedule(turns=START_TURNS, swaps=64 * problem.num_experts)
             group, _ = annealer.run(group, schedule, self.limits.seed, stop=self._over)
         slots = np.full((problem.num_gpus, problem.max_slots), EMPTY, np.int64)
         for gpu in range(problem.num_gpus):
