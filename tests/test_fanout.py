@@ -320,9 +320,8 @@ def test_auto_tries_replicas_under_this_routing() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_values_every_objective(objective: str, policy: str) -> None:
     """EPLB's copies under each routing: a value not below the bound; even routing is what it was."""
-    problem = make_problem(
-        make_trace(3, tokens=80), slow_topology("scale-up:3"), redundant=4, objective=objective
-    ).replace(routing=policy)
+    place = slow_topology("scale-out:3x1" if objective == "remote" else "scale-up:3")
+    problem = make_problem(make_trace(3, tokens=80), place, redundant=4, objective=objective, routing=policy)
     answer = solve(problem, "eplb")
     assert answer.placement is not None
     assert answer.bound is not None

@@ -15,12 +15,12 @@ CHOICES = 240  # of each expert, on average, in the sample
 WORTH = 3  # times the sample's tokens that distinct patterns must number
 
 
-def worth_thinning(patterns: Patterns, choices: int = CHOICES) -> bool:
+def worth_thinning(patterns: Patterns, choices: int | None = None) -> bool:
     """Whether a sample leaves out enough tokens to be worth its error."""
     return len(patterns.weight) >= WORTH * _sampled(patterns, choices)
 
 
-def thinned(patterns: Patterns, seed: int, choices: int = CHOICES) -> Patterns:
+def thinned(patterns: Patterns, seed: int, choices: int | None = None) -> Patterns:
     """Return the patterns of tokens drawn at random without replacement, each expert chosen by ``choices`` on average.
 
     Complexity: O(patterns).
@@ -31,5 +31,5 @@ def thinned(patterns: Patterns, seed: int, choices: int = CHOICES) -> Patterns:
     return Patterns(experts=patterns.experts[kept], weight=drawn[kept], num_experts=patterns.num_experts)
 
 
-def _sampled(patterns: Patterns, choices: int) -> int:
-    return max(1, choices * patterns.num_experts // patterns.top_k)
+def _sampled(patterns: Patterns, choices: int | None) -> int:
+    return max(1, (CHOICES if choices is None else choices) * patterns.num_experts // patterns.top_k)
