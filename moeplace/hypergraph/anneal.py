@@ -44,6 +44,13 @@ class Schedule:
     first_price: float = 0.3
     last_price: float = 15.0
 
+    def course(self, unit: float, percent: float) -> tuple[Floats, Floats]:
+        """``[turn]`` temperatures and prices of load, for costs that spread by ``unit``; ``percent``: 1 % of a load."""
+        steps = np.linspace(0.0, 1.0, max(2, self.turns))
+        heat: Floats = unit * self.hot * (self.cold / self.hot) ** steps
+        price: Floats = unit / percent * self.first_price * (self.last_price / self.first_price) ** steps
+        return heat, price
+
 
 class Annealer:
     """The tables of one layer, ready for runs from any state.
@@ -62,10 +69,7 @@ class Annealer:
 
     def __init__(self, patterns: Patterns, load: Floats, cap: float, num_gpus: int) -> None:
         self.patterns, self.load, self.cap, self.num_gpus = patterns, np.asarray(load, np.float64), cap, num_gpus
-        flat = patterns.experts.ravel()
-        order = np.argsort(flat, kind="stable")
-        self.of = (order // patterns.top_k).astype(np.int32)
-        self.first = np.searchsorted(flat[order], np.arange(patterns.num_experts + 1)).astype(np.int64)
+        self.of, self.first = patterns.by_expert()
         self.experts = patterns.experts.astype(np.int32)
         self.weight = patterns.weight.astype(np.int64)
         self.has = np.zeros((patterns.num_experts, len(self.weight)), np.bool_)
@@ -98,21 +102,19 @@ class Annealer:
         count, join, leave = self._tables(state)
         busy = np.bincount(state, self.load, self.num_gpus)
         unit = self._spread(state, join, leave)
-        steps = np.linspace(0.0, 1.0, max(2, schedule.turns))
-        heat = unit * schedule.hot * (schedule.cold / schedule.hot) ** steps
         percent = max(0.01 * float(self.load.sum()) / self.num_gpus, 1e-300)
-        price = unit / percent * schedule.first_price * (schedule.last_price / schedule.first_price) ** steps
+        heat, price = schedule.course(unit, percent)
         feasible = bool((busy <= self.cap).all())
         best, least = state.copy(), np.array([self.patterns.copies(state, self.num_gpus) if feasible else 2**62])
         now = np.array([self.patterns.copies(state, self.num_gpus)])
         word = np.array([max(1, (seed + 1) * SEED_STEP % 2**64)], np.uint64)
         met: list[Ints] = []
-        for turn in range(len(steps)):
+        for turn in range(len(heat)):
             _compiled()(
                 self.experts, self.weight, self.of, self.first, self.has, self.load, self.cap, state, count, join,
                 leave, busy, now, best, least, schedule.swaps, heat[turn], price[turn], 0.1 / percent, LOG_LEVELS, word,
             )  # fmt: skip
-            if 2 * turn >= len(steps) and (busy <= self.cap).all():
+            if 2 * turn >= len(heat) and (busy <= self.cap).all():
                 met.append(state.copy())
             if stop():
                 break

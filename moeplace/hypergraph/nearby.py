@@ -50,13 +50,10 @@ class NodeAnnealer:
     def __init__(self, patterns: Patterns, load: Floats, rooms: Ints, most: int | None = None) -> None:
         self.patterns, self.load, self.rooms = patterns, np.asarray(load, np.float64), np.asarray(rooms)
         self.most = int(self.rooms.sum()) if most is None else most
-        flat = patterns.experts.ravel()
-        order = np.argsort(flat, kind="stable")
-        self.of = (order // patterns.top_k).astype(np.int32)
-        self.first = np.searchsorted(flat[order], np.arange(patterns.num_experts + 1)).astype(np.int64)
+        self.of, self.first = patterns.by_expert()
         self.experts = patterns.experts.astype(np.int32)
         self.weight = patterns.weight.astype(np.float64)
-        self.tokens = np.bincount(flat, np.repeat(self.weight, patterns.top_k), patterns.num_experts)
+        self.tokens = patterns.load.astype(np.float64)
 
     def sent(self, slots: Ints) -> float:
         """Sum over tokens of the nodes each is sent to on average, for ``slots`` [GPU, slot]."""
@@ -100,16 +97,14 @@ class NodeAnnealer:
         cost = self._sent(mask)
         kernel = _compiled() if self._is_long(schedule) else _turn
         unit = self._spread(slots, mask, cost, seed)
-        steps = np.linspace(0.0, 1.0, max(2, schedule.turns))
-        heat = unit * schedule.hot * (schedule.cold / schedule.hot) ** steps
         percent = max(0.01 * float(busy.sum()) / len(busy), 1e-300)
-        price = unit / percent * schedule.first_price * (schedule.last_price / schedule.first_price) ** steps
+        heat, price = schedule.course(unit, percent)
         now = np.array([float(cost @ self.weight)])
         least = np.array([now[0] if (busy <= cap).all() else np.inf])
         best, word = state.copy(), np.array([max(1, (seed + 1) * SEED_STEP % 2**64)], np.uint64)
         scratch, free = np.zeros(len(busy)), np.array([self.most - int((slots >= 0).sum())])
         with np.errstate(over="ignore"):
-            for turn in range(len(steps)):
+            for turn in range(len(heat)):
                 kernel(
                     self.experts, self.weight, self.of, self.first, self.load, self.tokens, cap, state, (width, size),
                     mask, where, cost, busy, scratch, free, now, best, least, schedule.swaps, heat[turn],

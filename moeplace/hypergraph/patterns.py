@@ -65,6 +65,13 @@ class Patterns:
         flat = np.repeat(self.weight, self.top_k).astype(np.float64)
         return np.bincount(self.experts.ravel(), flat, self.num_experts).astype(np.int64)
 
+    def by_expert(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Patterns of every expert one after another, and ``[expert + 1]`` where each expert's begin."""
+        flat = self.experts.ravel()
+        order = np.argsort(flat, kind="stable")
+        first = np.searchsorted(flat[order], np.arange(self.num_experts + 1)).astype(np.int64)
+        return (order // self.top_k).astype(np.int32), first
+
     def masks(self) -> npt.NDArray[np.uint64]:
         """``[pattern, word]`` bit sets of 64 experts a word."""
         return bit_sets(self.experts, self.num_experts)

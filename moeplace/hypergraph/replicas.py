@@ -100,15 +100,13 @@ class CopyAnnealer:
         (_compiled_loads() if compiled else serving.loads)(self.tokens, tables, busy)
         kernel = _compiled() if compiled else _turn
         unit = self._spread(state, tables, width, seed)
-        steps = np.linspace(0.0, 1.0, max(2, schedule.turns))
-        heat = unit * schedule.hot * (schedule.cold / schedule.hot) ** steps
         percent = max(0.01 * float(busy.sum()) / len(busy), 1e-300)
-        price = unit / percent * schedule.first_price * (schedule.last_price / schedule.first_price) ** steps
+        heat, price = schedule.course(unit, percent)
         now = np.array([int(tables.cost @ self.tokens.weight)])
         least = np.array([now[0] if (busy <= cap).all() else 2**62])
         best, word = state.copy(), np.array([max(1, (seed + 1) * SEED_STEP % 2**64)], np.uint64)
         with np.errstate(over="ignore"):
-            for turn in range(len(steps)):
+            for turn in range(len(heat)):
                 kernel(
                     self.tokens, tables, cap, state, width, busy, now, best, least, schedule.swaps, heat[turn],
                     price[turn], 0.1 / percent, LOG_LEVELS, word,

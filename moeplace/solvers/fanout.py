@@ -24,8 +24,7 @@ from moeplace.hypergraph.anneal import Annealer, Schedule
 from moeplace.hypergraph.replicas import CopyAnnealer
 from moeplace.hypergraph.thin import thinned, worth_thinning
 from moeplace.objective import UNITS, objective_value
-from moeplace.packing import pack_layers
-from moeplace.packing.eplb import balance_global, slots_without_copies
+from moeplace.packing.once import packed_once
 from moeplace.placement import EMPTY, Placement
 from moeplace.problem import COPIES, GPU, Problem
 from moeplace.routing import FEWEST, ReplicaTable
@@ -98,7 +97,9 @@ class _Run:
             raise ProblemError("the trace holds only counts", rule="fanout needs to know what tokens chose together")
         self.experts = sample.experts
         self.runs = limits.whole("runs", max(1, round(RUNS * limits.work)), least=1)
-        self.balanced = self._balanced()
+        self.balanced = packed_once(
+            load, problem.slots_per_gpu, self.cap, seed=limits.seed, stop=lambda: self.clock.over
+        )
 
     def solve(self) -> Solution:
         problem, layers = self.problem, range(self.problem.num_layers)
@@ -126,16 +127,6 @@ class _Run:
         """Solve every layer by itself, in threads; their number changes nothing."""
         with ThreadPoolExecutor(max(1, self.limits.threads)) as pool:
             yield from pool.map(self._layer, range(self.problem.num_layers))
-
-    def _balanced(self) -> Placement:
-        """EPLB's packing without copies, balanced further where it exceeds the cap."""
-        problem = self.problem
-        rooms = slots_without_copies(problem.slots_per_gpu, problem.num_experts)
-        placement = balance_global(self.load, rooms)
-        if self.clock.over or (placement.gpu_load(self.load).max(axis=1) <= self.cap * (1 + MET)).all():
-            return placement
-        floor = np.where(np.isfinite(self.cap), self.cap, np.inf)
-        return pack_layers(self.load, placement, rooms, floor=floor, kicks=100, seed=self.limits.seed)
 
     def _layer(self, layer: int) -> _Best:
         """The best of some runs, each from the fewest copies without replicas, or from the start that was given."""

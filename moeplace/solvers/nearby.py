@@ -32,8 +32,8 @@ from moeplace.hypergraph.split import settle_node, split_node
 from moeplace.hypergraph.thin import thinned, worth_thinning
 from moeplace.metrics import MOST_HOMES
 from moeplace.objective import UNITS, load_ratio, objective_value
-from moeplace.packing import pack_layers
-from moeplace.packing.eplb import balance_global, slots_without_copies
+from moeplace.packing.eplb import slots_without_copies
+from moeplace.packing.once import packed_once
 from moeplace.placement import EMPTY, Placement
 from moeplace.problem import REMOTE, Problem
 from moeplace.routing import NEAREST, TOPOLOGY_AWARE, Router
@@ -49,7 +49,6 @@ OPTIONS: Mapping[str, str] = {
 RUNS = 3
 HOT = Schedule(turns=48, swaps=20, hot=0.6, cold=0.03, first_price=0.1)  # swaps for each slot
 COLD = Schedule(turns=12, swaps=40, hot=0.03, cold=0.005, first_price=3.0)
-KICKS = 100
 MET = 1e-9
 
 
@@ -115,7 +114,9 @@ class _Run:
         self.runs = limits.whole("runs", max(1, round(RUNS * limits.work)), least=1)
         spare = problem.num_slots - problem.num_experts
         self.extra = min(spare, limits.whole("extra", spare))
-        self.balanced = self._balanced()
+        self.balanced = packed_once(
+            self.load, problem.slots_per_gpu, self.cap, seed=limits.seed, stop=lambda: self.clock.over
+        )
 
     def solve(self) -> Solution:
         problem = self.problem
@@ -168,15 +169,6 @@ class _Run:
         """Solve every layer by itself, in threads; their number changes nothing."""
         with ThreadPoolExecutor(max(1, self.limits.threads)) as pool:
             yield from pool.map(self._layer, range(self.problem.num_layers))
-
-    def _balanced(self) -> Placement:
-        """EPLB's packing without copies, balanced further where it exceeds the cap."""
-        problem = self.problem
-        rooms = slots_without_copies(problem.slots_per_gpu, problem.num_experts)
-        placement = balance_global(self.load, rooms)
-        if self.clock.over or (placement.gpu_load(self.load).max(axis=1) <= self.cap * (1 + MET)).all():
-            return placement
-        return pack_layers(self.load, placement, rooms, floor=self.cap, kicks=KICKS, seed=self.limits.seed)
 
     def _layer(self, layer: int) -> _Best:
         """The best of some runs, or the balanced start where none keeps the cap."""
