@@ -27,7 +27,7 @@ from moeplace.solution import Limits, Status
 from moeplace.solvers import solve
 
 NEAR = {"objective": "remote", "routing": "topology-aware"}
-SHORT = Schedule(turns=20, swaps=300, hot=0.6, cold=0.01, first_price=0.1)
+SHORT = Schedule(turns=6, swaps=60, hot=0.6, cold=0.01, first_price=0.1)
 
 
 def _near(seed: int, spec: str = "scale-out:2x1", **options: Any) -> Problem:
@@ -128,7 +128,7 @@ def test_no_nodes_cover_more_than_the_bound(seed: int, top_k: int) -> None:
     """Of all ways to fill nodes, with copies or without, none covers more tokens; without spare slots it is near."""
     experts = 6
     patterns = Patterns.of(make_trace(seed, tokens=60, layers=1, experts=experts, top_k=top_k).experts[:, 0], experts)
-    for rooms in ((3, 3), (4, 3), (5, 4), (2, 2, 2), (4, 3, 3)):
+    for rooms in ((3, 3), (4, 3), (2, 2, 3)):
         ways = itertools.product(*[itertools.combinations(range(experts), room) for room in rooms])
         most = 0
         for held in ways:
