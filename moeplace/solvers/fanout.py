@@ -5,7 +5,6 @@ copies each expert has, on which GPUs they are and where the others live is deci
 exact number of GPUs that tokens visit (:mod:`moeplace.hypergraph.replicas`), within the load cap. Runs differ in how
 far they may pass the cap while weights that decide between equals are not learnt; the best state that keeps it with
 them is taken. The objective is the evaluator's own under the same routing: nothing is approximated in what is claimed.
-The bound counts two GPUs for every token that none can serve by itself (:mod:`moeplace.hypergraph.cover`).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,7 +21,6 @@ from moeplace.fanout import expected_shares, learn_weights
 from moeplace.frozen import Floats, Ints
 from moeplace.hypergraph import Patterns
 from moeplace.hypergraph.anneal import Annealer, Schedule
-from moeplace.hypergraph.cover import most_covered
 from moeplace.hypergraph.replicas import CopyAnnealer
 from moeplace.hypergraph.thin import thinned, worth_thinning
 from moeplace.objective import UNITS, objective_value
@@ -50,15 +48,11 @@ MET = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class _Best:
-    """The best state of a layer: its copies summed over tokens, its slots, and whether it keeps the cap.
-
-    ``least`` is a lower bound on the copies of any state.
-    """
+    """The best state of a layer: its copies summed over tokens, its slots, and whether it keeps the cap."""
 
     copies: float
     slots: Ints
     within: bool
-    least: float = 0.0
 
     def beats(self, other: _Best | None) -> bool:
         """Whether to take it instead."""
@@ -122,7 +116,6 @@ class _Run:
             placement=placement,
             objective=objective_value(problem, placement),
             unit=UNITS[COPIES],
-            bound=sum(best.least for best in found) / (len(self.experts) * len(found)),
             status=Status.FEASIBLE,
             stop_reason=self.clock.stop_reason() if self.clock.over else StopReason.EXHAUSTED,
             solver="fanout",
@@ -156,11 +149,7 @@ class _Run:
             offered = self._judged(layer, slots, annealer)
             if offered.beats(best):
                 best = offered
-        if self.clock.over:
-            return best
-        # a token that no GPU serves by itself visits two
-        covered = most_covered(patterns, self.problem.slots_per_gpu, stop=self._over)
-        return replace(best, least=patterns.tokens + max(0.0, patterns.tokens - covered))
+        return best
 
     def _hot(self, annealer: CopyAnnealer, start: Ints, cap: float, seed: int) -> Ints:
         """A state annealed while it is hot, on a sample of the tokens where these are many."""
