@@ -58,7 +58,7 @@ def _plainly(problem: Problem, placement: Placement) -> float:
 def test_remote_copies_equal_a_plain_count(spec: str, ranks: int | None, seed: int) -> None:
     """With ``nearest`` the expected number equals the sum over homes and over ways to choose copies."""
     topology = slow_topology(spec)
-    rooms = [3] * topology.num_gpus
+    rooms = [2 if topology.gpus_per_node > 1 else 3] * topology.num_gpus
     problem = _near(seed, spec, tokens=12, top_k=3, ranks=ranks, slots_per_gpu=rooms, routing="nearest")
     placement = random_placement(seed, rooms, 2, 6)
     if placement.duplicates() or (placement.copies().reshape(2, topology.num_nodes, -1, 6).sum(axis=2) > 1).any():
